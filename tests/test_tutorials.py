@@ -13,7 +13,16 @@ ROOT = Path(__file__).resolve().parents[1]
 REAL = {"baseline_official", "fib25_medulla", "lucchi", "lucchi_gpu", "vnc_larva"}
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "tutorials").glob("*.yaml")), ids=lambda p: p.stem)
+LARGE = {"cellmap_mito", "cellmap_mito_affinities", "cellmap_multiscale"}  # like cellmap_cos7, and as slow
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        pytest.param(file, id=file.stem, marks=[pytest.mark.slow] * (file.stem in LARGE))
+        for file in sorted((ROOT / "tutorials").glob("*.yaml"))
+    ],
+)
 def test_one_step(file: Path, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     real = file.stem in REAL
     root = request.getfixturevalue("shared_data" if real else "phantom")

@@ -5,11 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 import operator
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from connectomics.config import RunConfig
 from connectomics.errors import InputError
@@ -260,11 +259,9 @@ class WindowLattice:
         """Return the numbers of the windows along ``axis`` that count in any of the voxels ``begin`` to ``end``."""
         if self.faces is not None:
             faces, beyond = self.faces[axis], min(self.reach[axis], (end - begin - 1) // 2)
-            first = int(np.searchsorted(faces, begin + beyond, side="right")) - 1
-            return range(first, int(np.searchsorted(faces, end - beyond, side="left")))
+            return range(bisect_right(faces, begin + beyond) - 1, bisect_left(faces, end - beyond))
         starts = self.starts[axis]
-        first = int(np.searchsorted(starts, begin - self.window[axis], side="right"))
-        return range(first, int(np.searchsorted(starts, end, side="left")))
+        return range(bisect_right(starts, begin - self.window[axis]), bisect_left(starts, end))
 
     def counted(self, numbers: Index) -> VoxelGrid:
         """Return the grid in which the window with these numbers counts: its core, or all of it."""

@@ -98,7 +98,7 @@ def test_states_on_the_own_grid_are_what_the_rules_say(volumes: dict[str, np.nda
         np.testing.assert_array_equal(labels.known_of(name), expected != -1)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(annotations(), st.sampled_from(NAMES), st.floats(-8, 8), st.sampled_from([5.24, 8.0, 13.0, 16.0]))
 def test_known_is_half_known_and_present_is_the_vote_on_any_grid(
     volumes: dict[str, np.ndarray], name: str, shift: float, voxel: float

@@ -681,6 +681,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_memory_mode_lives_as_long_as_its_run(tmp_path: Path) -> None:
     root = plain_root(tmp_path)
     script = tmp_path / "run.py"

@@ -70,7 +70,7 @@ def task_of(folder, cell, walls, parameters, block, voxel_size=(8.0, 8.0, 8.0), 
     return KINDS[parameters.method](str(source), str(output), "cell", parameters, block)
 
 
-@settings(max_examples=16, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 2**32 - 1),
     shape=st.tuples(st.integers(1, 24), st.integers(1, 24), st.integers(1, 24)),

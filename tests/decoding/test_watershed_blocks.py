@@ -80,7 +80,7 @@ def check(
     assert found.dtype == expected.dtype
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @ANY_ARRAY
 def test_blocks_give_the_labels_of_the_whole_array(tmp_path_factory, **drawn):
     check(tmp_path_factory, **drawn)

@@ -217,6 +217,7 @@ def test_compiled_or_in_another_memory_format_it_gives_the_same(
     assert np.abs(stored[0] - stored[1]).max() < 5e-4 + 1e-5
 
 
+@pytest.mark.slow
 def test_dry_run_and_resume_on_the_command_line(
     root: Path,  # noqa: F811
     checkpoint: Path,  # noqa: F811

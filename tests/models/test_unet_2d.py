@@ -124,7 +124,9 @@ def test_deep_supervision_keeps_the_planes() -> None:
     assert deeper.eval()(image).shape == (1, 2, 3, 32, 32)
 
 
-@pytest.mark.parametrize("options", [{}, {"residual": True, "dropout": 0.1, "norm": "group"}])
+@pytest.mark.parametrize(
+    "options", [{}, pytest.param({"residual": True, "dropout": 0.1, "norm": "group"}, marks=pytest.mark.slow)]
+)
 def test_it_learns_a_patch(options: dict[str, object]) -> None:
     torch.manual_seed(0)
     network = build_model("unet_2d", 1, 1, patch_size=(4, 32, 32), options=SMALL | options)

@@ -40,7 +40,7 @@ def config_of(phantom: Path, tmp_path: Path, *overrides: str) -> RunConfig:
     return load_config(ROOT / "tutorials/phantom.yaml", [*small, *overrides])
 
 
-@pytest.mark.parametrize("tta", ["none", "flips"])
+@pytest.mark.parametrize("tta", ["none", pytest.param("flips", marks=pytest.mark.slow)])
 def test_predictions_of_heads_say_what_they_are(phantom: Path, tmp_path: Path, tta: str) -> None:
     config = config_of(phantom, tmp_path, f"inference.tta={tta}")
     checkpoint = train(config, tmp_path / "run").checkpoint

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,23 +47,31 @@ def test_the_mean_chord_of_a_ball_is_two_thirds_of_its_diameter(balls: Path, mon
     assert facts.share == pytest.approx(4 / 3 * np.pi * 200**3 / 448**3, rel=0.01)
 
 
-def test_instances_that_touch_get_a_head_that_separates_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def cubes_that_touch(folder: Path) -> Any:
     """Eight cubes of 8 voxels in a cube of 16: half of the faces are shared, however the volume is read."""
-    monkeypatch.setattr(catalog, "_BLOCK_VOXELS", 5 * 32**2)
     grid = grid_of((32, 32, 32), 8.0)
     ids = np.zeros(grid.shape, np.uint16)
     ids[8:24, 8:24, 8:24] = 1 + np.kron(np.arange(8).reshape(2, 2, 2), np.ones((8, 8, 8))).astype(np.uint16)
-    write_raw(tmp_path, "set", np.zeros(grid.shape, np.uint8), grid)
-    write_label(tmp_path, "set", "crop1", "cell", ids, grid, kind="instance")
-    write_label(tmp_path, "set", "crop1", "mito", (ids > 0).astype(np.uint8), grid)
-    cell, mito = (data := data_facts(str(tmp_path), ["cell", "mito"])).classes
+    write_raw(folder, "set", np.zeros(grid.shape, np.uint8), grid)
+    write_label(folder, "set", "crop1", "cell", ids, grid, kind="instance")
+    write_label(folder, "set", "crop1", "mito", (ids > 0).astype(np.uint8), grid)
+    return data_facts(str(folder), ["cell", "mito"])
+
+
+def test_instances_that_touch_get_a_head_that_separates_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalog, "_BLOCK_VOXELS", 5 * 32**2)
+    cell, mito = (data := cubes_that_touch(tmp_path)).classes
     assert (cell.chord_nm, cell.touching) == (pytest.approx(64.0), pytest.approx(0.5))
     assert (mito.chord_nm, mito.touching) == (pytest.approx(128.0), 0.0)
     for machine, kind, method in ((CPU, "boundary", "watershed"), (H200, "affinities", "mutex_watershed")):
         plans = [plan for plan in propose(data, machine, "r") if "cell" in plan.classes]
         assert [(head.kind, head.class_name) for head in plans[0].config().model.heads] == [(kind, "cell")]
         assert plans[0].settings["decoding.classes"]["cell"]["method"] == method
-    one = next(plan for plan in propose(data, CPU, "r") if "cell" in plan.classes)
+
+
+@pytest.mark.slow
+def test_a_step_with_a_head_is_tried(tmp_path: Path) -> None:
+    one = next(plan for plan in propose(cubes_that_touch(tmp_path), CPU, "r") if "cell" in plan.classes)
     try_step(one, CPU)
     assert one.step_seconds is not None
     assert one.step_seconds > 0
