@@ -30,6 +30,7 @@ from connectomics.decoding.prediction import (
     open_boundary,
     open_prediction,
     read_on,
+    trained_on,
 )
 from connectomics.decoding.probabilities import as_bytes, read_block
 from connectomics.errors import InputError, MissingError, WriteError, as_write_error
@@ -40,7 +41,7 @@ from connectomics.io.multiscale import Multiscale
 from connectomics.metrics.challenge.results import Panoptic
 from connectomics.metrics.challenge.rules import DEFAULT_RULES, Rules, get_rules
 from connectomics.pipeline.results import chosen_arrays
-from connectomics.pipeline.targets import checkpoints_of, name_trained
+from connectomics.pipeline.targets import name_trained
 from connectomics.pipeline.tune_results import TunedClass, write_results
 from connectomics.pipeline.tune_space import SearchSpace, Volume, pooled_scores, threshold_of
 from connectomics.progress import Progress, silent
@@ -110,8 +111,7 @@ def tune(
     catalog = Catalog.open(root)
     begin = time.monotonic()
     found_in = {n: _predictions(Path(predictions_dir), catalog, found, n, parameters[n]) for n in names}
-    keys = sorted({prediction.crop.key for name in chosen for prediction in found_in[name]})
-    name_trained(keys, checkpoints_of(predictions_dir, keys))
+    name_trained((p.crop.key, trained_on(p.source.attrs["connectomics"])) for name in chosen for p in found_in[name])
     result: dict[str, TunedClass] = {}
     for index, name in enumerate(chosen):
         left = None if seconds is None else (begin + seconds - time.monotonic()) / (len(chosen) - index)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,8 +22,11 @@ from connectomics.inference.predict_task import PredictTask
 from connectomics.inference.trained_network import weights_hash
 from connectomics.io.artifacts import require_complete
 from connectomics.io.multiscale import Multiscale
+from connectomics.pipeline.decode import decode
+from connectomics.pipeline.evaluate import evaluate
 from connectomics.pipeline.predict import predict_cellmap_crops
 from connectomics.pipeline.targets import Target, chosen_targets, targets_of
+from connectomics.pipeline.tune import tune
 from tests.cellmap.roots import grid_of, write_label, write_raw
 
 
@@ -310,15 +314,36 @@ def test_bad_input_is_refused_before_anything_is_predicted(root, checkpoint, tmp
 
 
 def test_crops_that_a_network_was_trained_on_are_named(root, tmp_path, caplog):
-    """Without --crops all annotated crops are predicted: evaluated or tuned on, the training crops look too good."""
+    """Without --crops all annotated crops are predicted: evaluated or tuned on, the training crops look too good. The
+    labels know it, too, wherever the run is now."""
+    warning = "1 of 2 crops was used for training (set-a/crop1): do not evaluate or tune on training data"
     run = tmp_path / "run/checkpoints"
     run.mkdir(parents=True)
     place = save_checkpoint(run / "last.ckpt", config_of(root), 0)
     Split(("set-a/crop1:64,64,64:100,160,224",), ("set-a/crop2",)).save(tmp_path / "run/split.yaml")
-    targets, _ = chosen_targets(config_of(root), [place], None, None)
-    assert [target.name for target in targets] == ["crop1", "crop2"]
-    assert "1 of 2 crops was used for training (set-a/crop1): do not evaluate or tune on training data" in caplog.text
+    folders = predict(root, place, tmp_path / "out")
+    assert warning in caplog.text
+    shutil.rmtree(tmp_path / "run")
+    assert [require_complete(folder)["model"]["trained"] for folder in folders] == [True, False]
+    labels = decode(tmp_path / "out", out=tmp_path / "labels", config=config_of(root))
     caplog.clear()
-    chosen_targets(config_of(root), [place], None, "set-a:64,64,64:80,80,80")
-    chosen_targets(config_of(root), [tmp_path / "other.ckpt"], None, None)
+    evaluate(labels, root, samples=10)
+    assert warning in caplog.text
+    caplog.clear()
+    evaluate(labels, root, samples=10, crops=["2"])
     assert caplog.text == ""
+
+
+def test_a_part_of_a_crop_that_was_kept_out_is_not_named(root, tmp_path, caplog):
+    """The only volume is cut in two: its other part, which touches the grid of this one, was trained on."""
+    run = tmp_path / "run/checkpoints"
+    run.mkdir(parents=True)
+    place = save_checkpoint(run / "last.ckpt", config_of(root), 0)
+    parts = ["set-a/crop1:64,64,64:100,160,224", "set-a/crop1:100,64,64:160,160,224"]
+    Split((parts[0],), (parts[1],)).save(tmp_path / "run/split.yaml")
+    targets, _ = chosen_targets(config_of(root), [place], "val", None)
+    (folder,) = predict(root, place, tmp_path / "out", targets=targets)
+    with pytest.raises(MissingError, match="no annotated voxel"):
+        tune(tmp_path / "out", root, tmp_path / "tuned", classes=["er"])
+    assert "used for training" not in caplog.text
+    assert not require_complete(folder)["model"]["trained"]
