@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,6 +103,7 @@ def score_submission(
         rules.verified,
         tuple(warnings),
         {r.version: pool([result.by_rules(r) for result in results], r, kinds) for r in others},
+        str(submission),
     )
 
 
@@ -135,12 +136,14 @@ class _Scorer:
         missing = target.class_name not in self._classes.get(target.crop, ())
         truth: Readable = target.truth
         score: InstanceScore | SemanticScore
+        made_from: Mapping[str, str] = {}
         if missing:
             slabs = (truth.read(*slab) for slab in _slabs(target.grid))
             ids = _count_ids(slabs) if is_instance else int(any((slab > 0).any() for slab in slabs))
             score = missing_score(self._rules, is_instance, ids, target.grid.size)
         else:
             label = self._source.label(self._folders[target.crop], target.class_name)
+            made_from = label.marks
             aligned = Aligned(label, target.grid, is_instance, self._rules)
             if aligned.resample_bytes > 2 * self._memory:
                 raise InputError(
@@ -160,6 +163,7 @@ class _Scorer:
             missing,
             target.dataset,
             self._rules.by_quality,
+            made_from,
         )
 
     def _instance(self, pred: Readable, truth: Readable, target: Target, resampling: int) -> InstanceScore:
