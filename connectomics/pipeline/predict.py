@@ -161,7 +161,7 @@ def predict_cellmap_crops(
     networks = load_networks(given_paths, config) if model is None else _given_network(model, config, given_paths)
     tasks = network_tasks(config, networks, given_paths if model is None else (), output_dir, targets, place)
     if resume and not overwrite and not any((task.folder / TASK_FILE).exists() for task in tasks):
-        raise MissingError(f"--resume: there is nothing to resume below {output_dir}; run without --resume to start")
+        raise MissingError(f"--resume: nothing was begun below {output_dir}; leave it out to begin")
     blocks = accept_failed if isinstance(accept_failed, Mapping) else {"": accept_failed} if accept_failed else {}
     accepted = {task.output: numbers for task, numbers in zip(tasks, accepted_of(tasks, blocks), strict=True)}
     replaced = [task.starts_over(overwrite=overwrite, resume=resume) for task in tasks]
