@@ -124,16 +124,10 @@ def mesh_tasks(
         labels = open_labels(root, place)
         instances = place_of(labels.location) / INSTANCE_TABLE
         task = MeshTask(
-            labels=labels,
-            class_name=class_name,
-            output=str(out.joinpath(*place)),
-            table=str(instances) if _is_current(instances) else "",
-            ids=tuple(sorted(ids)),
-            file_format=file_format,
-            simplify=simplify,
-            max_error_nm=max_error_nm,
-            max_vertices=max_vertices,
-        )
+            labels=labels, class_name=class_name, output=str(out.joinpath(*place)),
+            table=str(instances) if _is_current(instances) else "", ids=tuple(sorted(ids)), file_format=file_format,
+            simplify=simplify, max_error_nm=max_error_nm, max_vertices=max_vertices,
+        )  # fmt: skip
         tasks.append(task)
     return tasks
 

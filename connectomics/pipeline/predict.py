@@ -34,16 +34,7 @@ from connectomics.io.sharded import Storage
 from connectomics.pipeline.network_task import NetworkPredictTask, load_networks, network_and_config, ready
 from connectomics.pipeline.results import Probabilities
 from connectomics.pipeline.runs import Run
-from connectomics.pipeline.targets import (
-    Target,
-    chosen_targets,
-    grids_of,
-    mask_of,
-    name_trained,
-    normalizations_of,
-    targets_of,
-    trained_keys,
-)
+from connectomics.pipeline.targets import Target, chosen_targets, grids_of, mask_of, normalizations_of, with_trained
 from connectomics.progress import Progress, named, silent
 from connectomics.tasks import TASK_FILE, Engine, open_engine, run_task
 from connectomics.tasks.engines import Here
@@ -261,15 +252,13 @@ def network_tasks(
                 pass
     options, about = config.inference, channel_attributes(network.config)
     channels = (*channel_names(network.config), *unions_of(config.dataset.classes, options.groups))
-    chosen = list(targets) if targets is not None else targets_of(config)
+    chosen = with_trained(targets, config, checkpoints)
     for number, target in enumerate(chosen):
         if any(target.key == other.key for other in chosen[:number]):
             raise InputError(
                 f"{target.key} has several parts to predict, and a crop has one output folder; "
                 "predict them one by one (--box), or leave one part in the split file"
             )
-    seen = trained_keys(chosen, checkpoints)
-    name_trained((target.key, target.key in seen) for target in chosen)
     normalizations = normalizations_of(config, [network.config for network in networks.values()], catalog, chosen)
     on_gpu = {"16-mixed": "fp16", "bf16-mixed": "bf16", "32": "32"}[config.training.precision]
     out, storage, fit = output_place(output_dir), Storage.of(config.output), WindowFit.of(config)
@@ -303,7 +292,7 @@ def network_tasks(
             skip_empty=options.skip_empty,
             mask=mask_of(catalog, target.dataset, options.mask),
             allow_missing_raw=config.data.allow_missing_raw,
-            trained=target.key in seen,
+            trained=target.trained,
             about=about,
             storage=storage,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,13 @@ class Target:
         dataset: name of the data set in the data root.
         name: name of the region's folder in the output, ``crop557``.
         grids: the grid to write for each class.
+        trained: whether a network was trained on a part of it.
     """
 
     dataset: str
     name: str
     grids: Mapping[str, VoxelGrid] = field(hash=False)
+    trained: bool = False
 
     @property
     def key(self) -> str:
@@ -151,17 +153,22 @@ def chosen_targets(
     return targets_of(config, crop_table=table, box=box), table
 
 
-def trained_keys(targets: Sequence[Target], checkpoints: Sequence[str | Path]) -> set[str]:
-    """Return the targets (``dataset/crop``) that overlap what the networks were trained on, as far as their runs say so
-    (``split.yaml``)."""
+def with_trained(
+    targets: Sequence[Target] | None, config: RunConfig, checkpoints: Sequence[str | Path]
+) -> list[Target]:
+    """Return targets (None: those of the configuration) that say whether a network was trained on a part of them, as
+    far as its run says so (``split.yaml``). Warn of these."""
     files = {Path(path).resolve().parent.parent / "split.yaml" for path in checkpoints}
-    trained = [parse_entry(entry) for file in files if file.is_file() for entry in Split.load(file).train]
-    # voxels that only touch a region are no overlap
-    inner = {t.key: [g.box.grow(-0.5 * np.asarray(g.voxel_size)) for g in t.grids.values()] for t in targets}
-    return {
-        key for key, region in trained
-        if key in inner and (region is None or any(not region.intersect(box).is_empty for box in inner[key]))
-    }  # fmt: skip
+    seen = [parse_entry(entry) for file in files if file.is_file() for entry in Split.load(file).train]
+    found = []
+    for target in targets_of(config) if targets is None else targets:
+        # without the outer half of voxels, which may touch a region
+        boxes = [grid.box.grow(-0.5 * np.asarray(grid.voxel_size)) for grid in target.grids.values()]
+        regions = [region for key, region in seen if key == target.key]
+        trained = any(r is None or any(not r.intersect(box).is_empty for box in boxes) for r in regions)
+        found.append(replace(target, trained=trained))
+    name_trained((target.key, target.trained) for target in found)
+    return found
 
 
 def name_trained(crops: Iterable[tuple[str, bool]]) -> None:

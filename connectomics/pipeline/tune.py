@@ -270,15 +270,11 @@ def _searched(predictions: list[_Prediction], volumes: list[Volume], search: _Se
     by_voxels = "iou" if volumes[0].truth.dtype == np.bool_ else "combined"
     return TunedClass(
         measure="pq" if search.rules.by_quality else by_voxels,
-        crops=tuple(prediction.crop.key for prediction in predictions),
-        made_from=_identities(predictions),
-        base=search.base,
-        base_score=next(row["score"] for row in complete if row["base"]),
+        crops=tuple(prediction.crop.key for prediction in predictions), made_from=_identities(predictions),
+        base=search.base, base_score=next(row["score"] for row in complete if row["base"]),
         best=read(DecodeParameters, best["parameters"], f"trial {best['number']} of {search.name}"),
-        best_score=best["score"],
-        trials=rows,
-        networks=_networks(predictions),
-    )
+        best_score=best["score"], trials=rows, networks=_networks(predictions),
+    )  # fmt: skip
 
 
 def _optuna() -> Any:

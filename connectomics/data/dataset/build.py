@@ -24,19 +24,12 @@ def patch_options(cfg: RunConfig) -> PatchOptions:
     """Return the `PatchOptions` of a run."""
     data = cfg.data
     return PatchOptions(
-        seed=cfg.system.seed,
-        cache=cast('Literal["none", "memory", "disk"]', data.cache),
-        cache_dir=data.cache_dir,
-        cache_context=data.cache_context,
-        allow_missing_raw=data.allow_missing_raw,
-        min_known=data.min_known,
-        inputs=inputs_of(cfg),
-        chunk_cache_bytes=data.chunk_cache_mb << 20,
-        instances=instance_classes(cfg),
-        regions=data.sampling.get("hard", 0) > 0,
-        alternate_ties=data.label_ties == "alternate",
+        seed=cfg.system.seed, cache=cast('Literal["none", "memory", "disk"]', data.cache), cache_dir=data.cache_dir,
+        cache_context=data.cache_context, allow_missing_raw=data.allow_missing_raw, min_known=data.min_known,
+        inputs=inputs_of(cfg), chunk_cache_bytes=data.chunk_cache_mb << 20, instances=instance_classes(cfg),
+        regions=data.sampling.get("hard", 0) > 0, alternate_ties=data.label_ties == "alternate",
         soft_labels=data.soft_labels,
-    )
+    )  # fmt: skip
 
 
 def run_dataset(

@@ -95,16 +95,10 @@ def score_submission(
         source.close()
     kinds = [t.class_name for t in targets]
     return SubmissionScore(
-        tuple(results),
-        pool(results, rules, kinds),
-        pool([r for r in results if not r.is_missing], rules, kinds),
-        len(targets),
-        rules.version,
-        rules.verified,
-        tuple(warnings),
-        {r.version: pool([result.by_rules(r) for result in results], r, kinds) for r in others},
-        str(submission),
-    )
+        tuple(results), pool(results, rules, kinds), pool([r for r in results if not r.is_missing], rules, kinds),
+        len(targets), rules.version, rules.verified, tuple(warnings),
+        {r.version: pool([result.by_rules(r) for result in results], r, kinds) for r in others}, str(submission),
+    )  # fmt: skip
 
 
 class _Scorer:
@@ -155,16 +149,9 @@ class _Scorer:
                 pred, truth = Masked(pred, target.mask), Masked(truth, target.mask)
             score = (self._instance if is_instance else self._semantic)(pred, truth, target, aligned.resample_bytes)
         return LabelResult(
-            target.crop,
-            target.class_name,
-            score,
-            target.grid.size,
-            target.grid.voxel_size,
-            missing,
-            target.dataset,
-            self._rules.by_quality,
-            made_from,
-        )
+            target.crop, target.class_name, score, target.grid.size, target.grid.voxel_size, missing, target.dataset,
+            self._rules.by_quality, made_from,
+        )  # fmt: skip
 
     def _instance(self, pred: Readable, truth: Readable, target: Target, resampling: int) -> InstanceScore:
         # Both volumes, the components and cc3d's tables, and the scratch of the distances.

@@ -67,17 +67,13 @@ class Scores:
                 for name, entry in entries.items()
             )
             return cls(
-                overall=optional(data["overall_score"]),
-                instance=optional(data["overall_instance_score"]),
+                overall=optional(data["overall_score"]), instance=optional(data["overall_instance_score"]),
                 semantic=optional(data["overall_semantic_score"]),
                 submitted=optional((data.get("submitted_only") or {}).get("overall_score")),
-                classes=data["label_scores"],
-                results=results,
-                rules=str(data.get("rules", "unknown")),
-                verified=bool(data.get("verified", False)),
-                warnings=tuple(str(w) for w in data.get("warnings", ())),
+                classes=data["label_scores"], results=results, rules=str(data.get("rules", "unknown")),
+                verified=bool(data.get("verified", False)), warnings=tuple(str(w) for w in data.get("warnings", ())),
                 submission=str(data.get("submission", "")),
-            )
+            )  # fmt: skip
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise MetadataError(
