@@ -15,6 +15,7 @@ from connectomics.cellmap.crop_table import CropTable, TableEntry
 from connectomics.cli import main
 from connectomics.config import save_config
 from connectomics.config.schema import DataConfig, DatasetConfig, InferenceConfig, InputConfig, ModelConfig, RunConfig
+from connectomics.data.normalization import of_crops
 from connectomics.data.splits import Split
 from connectomics.errors import InputError, MissingError, UnknownNameError, WriteError
 from connectomics.geometry import VoxelGrid
@@ -273,6 +274,21 @@ def test_raw_of_other_ranges(root, checkpoint, tmp_path):
     source = Multiscale.open(PredictTask.load(folder / "task.json").raw)
     raw = source.read_raw(source.grid)[0]
     assert [low, high] == pytest.approx(np.percentile(raw, (0.5, 99.5)).tolist(), rel=0.02)
+
+
+def test_raw_that_was_fetched_at_coarser_voxels_is_named(root, checkpoint, tmp_path, caplog):
+    """Of a partial download, the coarser level was read at the network's voxels, and nobody was told."""
+    other = shutil.copytree(root, tmp_path / "root")
+    config = config_of(other, crops=["crop2"])
+    predict(other, checkpoint, tmp_path / "whole", config)
+    assert "not stored" not in caplog.text
+    shutil.rmtree(other / "set-a/set-a.zarr/recon-1/em/fibsem-uint8/s0")
+    predict(other, checkpoint, tmp_path / "coarse", config)
+    said = "set-a: its raw is read at 16 x 16 x 16 nm, coarser than 8 x 8 x 8 nm, since s0 is not stored"
+    assert said in caplog.text
+    caplog.clear()
+    of_crops(config, Catalog.open(str(other)).crops(["set-a"], ["crop2"]))
+    assert said in caplog.text
 
 
 def test_a_patch_larger_than_the_raw_is_padded(root, checkpoint, tmp_path):
