@@ -120,14 +120,9 @@ def pair_counts(
             raise InputError(f"the mask of known voxels must have the volumes' shape {a.shape}, got {mask.shape}")
     table = (np.zeros(_FIRST_CAPACITY, np.uint64), np.zeros(_FIRST_CAPACITY, np.uint64))
     keys_a, keys_b, counts, _ = _count_pairs(
-        np.ravel(a).astype(common, copy=False),
-        np.ravel(b).astype(common, copy=False),
-        np.ravel(mask),
-        known is not None,
-        *table,
-        np.zeros(_FIRST_CAPACITY, np.int64),
-        0,
-    )
+        np.ravel(a).astype(common, copy=False), np.ravel(b).astype(common, copy=False), np.ravel(mask),
+        known is not None, *table, np.zeros(_FIRST_CAPACITY, np.int64), 0,
+    )  # fmt: skip
     return _sorted(keys_a, keys_b, counts)
 
 

@@ -84,13 +84,7 @@ def get_dataset(
     catalog = Catalog.open(cfg.dataset.data_root, StoreOptions(cache_bytes=options.chunk_cache_bytes))
     crops = catalog.crops(cfg.dataset.datasets, cfg.dataset.crops, cfg.dataset.classes)
     return kinds[cfg.dataset.name](
-        data_root=cfg.dataset.data_root,
-        datasets=cfg.dataset.datasets,
-        crops=cfg.dataset.crops,
-        classes=cfg.dataset.classes,
-        mode=mode,
-        patch_size=cfg.data.patch_size,
-        resolution=cfg.dataset.voxel_size,
-        augmentor=augmentor,
-        mode_kwargs=vars(replace(options, normalizations=normalizations(cfg, crops))),
-    )
+        data_root=cfg.dataset.data_root, datasets=cfg.dataset.datasets, crops=cfg.dataset.crops,
+        classes=cfg.dataset.classes, mode=mode, patch_size=cfg.data.patch_size, resolution=cfg.dataset.voxel_size,
+        augmentor=augmentor, mode_kwargs=vars(replace(options, normalizations=normalizations(cfg, crops))),
+    )  # fmt: skip
