@@ -29,6 +29,7 @@ from tests.s3_server import FaultyProxy, FolderServer, MotoServer
 from tests.starter import Starter
 
 SIZE = (8.0, 8.0, 8.0)
+_MD5_OF_ABC = "900150983cd24fb0d6963f7d28e17f72"
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +137,7 @@ def test_chunks_that_the_store_has_no_more_are_removed_as_they_would_be_read(pha
 def test_md5_sums_are_compared_where_the_store_gives_them(phantom: Path, tmp_path: Path) -> None:
     with MotoServer() as moto:
         moto.put("a/one", b"abc")
-        good = RemoteFile("a/one", 3, "900150983cd24fb0d6963f7d28e17f72", "a/one")
+        good = RemoteFile("a/one", 3, _MD5_OF_ABC, "a/one")
         plan = FetchPlan("s3://public", (FetchItem("a", (good,)),))
         transfer(Missing.below(tmp_path, plan), tmp_path, options_of(moto))
         (tmp_path / ".fetched.tsv").unlink()
@@ -210,6 +211,17 @@ def test_a_second_fetch_at_the_same_time_takes_nothing_away(server: FolderServer
     transfer(second, tmp_path, options, progress=lambda *_: lacking.update(p for p in metadata if not p.exists()))
     assert not lacking
     assert Missing.below(tmp_path, plan).number == 0
+
+
+def test_what_another_fetch_has_just_written_is_no_other_file(tmp_path: Path) -> None:
+    """Written since this one has looked, and not in the log yet."""
+    with MotoServer() as moto:
+        moto.put("a/one", b"abc")
+        plan = FetchPlan("s3://public", (FetchItem("a", (RemoteFile("a/one", 3, _MD5_OF_ABC, "a/one"),)),))
+        missing = Missing.below(tmp_path, plan)
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a/one").write_bytes(b"abc")
+        assert transfer(missing, tmp_path, options_of(moto)) == 1
 
 
 def test_what_killed_fetches_left_is_removed_by_any_later_one(tmp_path: Path) -> None:

@@ -179,13 +179,15 @@ def transfer(
 def _refuse_foreign(missing: Missing, root: Path) -> None:
     """Raise `WriteError` if a file that was not fetched is in the place of an object.
 
-    Files in the log were fetched, even if they are damaged now or the store has a newer version. A file of the object's
-    size can come from a fetch that was killed before it wrote the log.
+    Files in the log were fetched, even if they are damaged now or the store has a newer version. A file that is the
+    object, or has its size if there is no sum, can come from a fetch that has not written the log yet, or was killed.
     """
     known = _read_log(root)
     for file in (file for files in missing.items for file in files):
         place = _place(file, root)
-        if file.key not in known and place.exists() and (_is_md5(file.etag) or place.stat().st_size != file.size):
+        if file.key in known or not place.exists() or _is_fetched(file, root, known):
+            continue
+        if _is_md5(file.etag) or place.stat().st_size != file.size:
             raise not_ours(place, "fetch")
 
 
