@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 from collections.abc import Iterator
@@ -32,6 +33,15 @@ if settings is not None:
 multiprocessing.get_context("forkserver").set_forkserver_preload(
     ["connectomics.data.loader", "connectomics.data.dataset.build"]
 )
+
+# all tests and libraries make a million objects that stay; looking through them again and again takes seconds
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
+    gc.freeze()
+
 
 #: modules that are begun first, so that no long test still runs when everything else is done
 LONGEST = ("test_docs", "test_every_engine", "test_odd_places", "test_resume_epoch", "test_train", "test_heads")

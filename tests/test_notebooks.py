@@ -47,6 +47,7 @@ def test_they_are_kept_without_outputs(notebook: Path) -> None:
     assert len(cells(notebook, "markdown")) >= 5
 
 
+@pytest.mark.slow
 def test_explore_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = run("1_explore_the_data.ipynb", tmp_path, monkeypatch)
     assert "labels of mito" in said

@@ -94,15 +94,15 @@ def test_the_exceptions_are_still_needed() -> None:
 # -- archives ----------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def table(tmp_path: Path) -> Path:
-    """A crop table of one array, mito of crop1, 8 voxels a side; its truth lies beside it."""
-    CropTable((TableEntry(1, "set-a", "mito", grid_of((8, 8, 8))),)).save(tmp_path / "table.csv")
+    """A crop table of one array, mito of crop1, 8 voxels a side; its truth lies beside it, in a folder of a folder."""
+    folder = tmp_path / "outer/inner"
+    (folder / "truth.zarr/crop1/mito").mkdir(parents=True)
+    CropTable((TableEntry(1, "set-a", "mito", grid_of((8, 8, 8))),)).save(folder / "table.csv")
     for group in ("truth.zarr", "truth.zarr/crop1"):
-        (tmp_path / group).mkdir()
-        (tmp_path / group / ".zgroup").write_text('{"zarr_format": 2}')
-    (tmp_path / "truth.zarr/crop1/mito").mkdir()
+        (folder / group / ".zgroup").write_text('{"zarr_format": 2}')
     for name, data in ARRAY.items():
-        (tmp_path / "truth.zarr/crop1/mito" / name).write_bytes(data)
-    return tmp_path / "table.csv"
+        (folder / "truth.zarr/crop1/mito" / name).write_bytes(data)
+    return folder / "table.csv"
 
 
 def _meta(side: int) -> bytes:
@@ -184,7 +184,8 @@ def test_an_array_that_says_it_is_huge_is_refused(table: Path, capfd: pytest.Cap
 
 def _refused(submission: Path, table: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Both verbs end with 1 and one line (validate: a finding), and leave nothing outside."""
-    before = sorted(path.name for path in table.parent.parent.rglob("*"))
+    around = table.parents[2]  # the folder of this test
+    before = sorted(path.name for path in around.rglob("*"))
     assert main(["validate", str(submission), "--crops", str(table)]) == 1
     assert "error: " in capfd.readouterr().out
     where = ["score", str(submission), str(table.with_name("truth.zarr")), "--crops", str(table)]
@@ -193,7 +194,7 @@ def _refused(submission: Path, table: Path, capfd: pytest.CaptureFixture[str]) -
     assert "Traceback" not in said
     assert status == 1
     assert len([line for line in said.splitlines() if line.startswith("error:")]) == 1
-    assert sorted(path.name for path in table.parent.parent.rglob("*")) == before
+    assert sorted(path.name for path in around.rglob("*")) == before
     assert not Path("/tmp/evil.txt").exists()
 
 

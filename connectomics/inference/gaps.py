@@ -33,7 +33,7 @@ from connectomics.io import store
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.store import StoreError
 from connectomics.io.write import write_file
-from connectomics.tasks import DoneMap
+from connectomics.tasks.blocks import DoneMap, done_file
 
 if TYPE_CHECKING:
     from connectomics.inference.predict_task import PredictTask
@@ -258,8 +258,7 @@ def _first(task: PredictTask, counts: NDArray[np.int64]) -> str:
 
 def _done_map(task: PredictTask) -> DoneMap | None:
     stage = task.stages[0]
-    file = task.folder / f".done-{stage}"
-    return DoneMap(file, task.blocks(stage), task.key) if file.exists() else None
+    return DoneMap.of(task, stage) if done_file(task.folder, stage).exists() else None
 
 
 def _store_counts(task: PredictTask, counts: NDArray[np.int64], before: NDArray[np.int64]) -> None:

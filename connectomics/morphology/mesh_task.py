@@ -35,7 +35,7 @@ from connectomics.morphology.mesh_levels import surface_levels
 from connectomics.morphology.mesh_surface import LEAST_VERTICES, SPAN, Mesh, mesh_object, world_mesh
 from connectomics.tasks import BlockTask, Cost
 from connectomics.tasks.block_task import TASK_FILE, BlockWorker
-from connectomics.tasks.blocks import BlockFiles, Lattice
+from connectomics.tasks.blocks import BlockFiles, Lattice, done_file
 
 BOXES, MESHES = "boxes", "meshes"
 TABLE_FILE = "meshes.csv"
@@ -171,7 +171,7 @@ class MeshTask(BlockTask):
         for folder in (".boxes", ".objects", ".meshes"):
             remove_tree(self.folder / folder)
         for stage in self.stages:
-            (self.folder / f".done-{stage}").unlink(missing_ok=True)
+            done_file(self.folder, stage).unlink(missing_ok=True)
 
     def relocated(self, folder: Path) -> Self:
         return replace(self, output=str(folder / self.folder.name))

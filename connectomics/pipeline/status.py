@@ -13,7 +13,7 @@ from connectomics.io.artifacts import is_complete
 from connectomics.io.place import S3Path, place, walk
 from connectomics.pipeline.run_task import load_task
 from connectomics.tasks.block_task import TASK_FILE
-from connectomics.tasks.blocks import DONE, FAILED, RATE_LINES
+from connectomics.tasks.blocks import DONE, FAILED, RATE_LINES, done_file
 
 _LINE_BYTES = 40
 _ARRAYS = ("s", "c", ".blocks")  # folders of levels, of chunks and of scratch, which hold no task
@@ -94,7 +94,7 @@ def _stages(path: Path, root: Path) -> Iterator[StageStatus]:
     stages = (*stages, *(stage for stage in begun if stage not in stages))  # levels may have been asked for later
     complete = is_complete(output)
     for stage in stages:
-        file = output / f".done-{stage}"
+        file = done_file(output, stage)
         blocks, done, failed = _counts(file)
         ended = complete and blocks == done
         yield StageStatus(name, stage, ended, blocks, done, failed, *((None, None) if ended else _rate(file)))

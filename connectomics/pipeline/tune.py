@@ -9,6 +9,7 @@ can be resumed.
 from __future__ import annotations
 
 import itertools
+import sqlite3
 import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -281,9 +282,7 @@ def _optuna() -> Any:
     try:
         import optuna
     except ImportError as error:
-        raise MissingError(
-            "tuning needs Optuna, which is missing; run pip install 'connectomics-cellmap[tune]'"
-        ) from error
+        raise MissingError("tuning needs Optuna: run pip install 'connectomics-cellmap[tune]'") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
 
@@ -293,9 +292,14 @@ def _study(optuna: Any, predictions: list[_Prediction], volumes: list[Volume], s
     with as_write_error(f"cannot make the folder {search.folder}"):
         search.folder.mkdir(parents=True, exist_ok=True)
     file = search.folder / "tune.sqlite3"
-    study = optuna.create_study(
-        storage=f"sqlite:///{file.resolve()}", study_name=search.name, direction="maximize", load_if_exists=True
-    )
+
+    def connection() -> sqlite3.Connection:
+        found = sqlite3.connect(file)
+        found.execute("PRAGMA synchronous=OFF")  # a trial is dozens of changes; a killed process loses none of them
+        return found
+
+    storage = optuna.storages.RDBStorage(f"sqlite:///{file.resolve()}", engine_kwargs={"creator": connection})
+    study = optuna.create_study(storage=storage, study_name=search.name, direction="maximize", load_if_exists=True)
     about = {p.crop.key: p for p in predictions}
     made_from = {
         "base": plain(search.base),
@@ -315,9 +319,7 @@ def _study(optuna: Any, predictions: list[_Prediction], volumes: list[Volume], s
             f"{file} holds trials of {search.name} on other predictions, crops, base parameters or rules; "
             "give another --out, or remove that file"
         )
-    n_before = len(study.trials)
-    # another seed for a resumed search: the same would draw the first points again
-    study.sampler = optuna.samplers.TPESampler(seed=search.seed + n_before)
+    study.sampler = optuna.samplers.TPESampler(seed=search.seed + len(study.trials))  # not the first points again
     study.pruner = optuna.pruners.MedianPruner(n_startup_trials=5)
     return study
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ from connectomics.geometry import Index, index
 from connectomics.io.location import StoreError
 from connectomics.io.place import S3Path
 from connectomics.io.write import write_file
+from connectomics.tasks.block_task import BlockTask
 from connectomics.tasks.lease import change
 
 RATE_LINES = 64  # changes of a done-map that give the rate
@@ -159,6 +160,11 @@ class DoneMap:
             )
         self._done = np.frombuffer(stored, dtype=np.uint8, offset=len(self._head)) == DONE  # a new array
 
+    @classmethod
+    def of(cls, task: BlockTask, stage: str) -> Self:
+        """Open or create the map of a stage; see `DoneMap`."""
+        return cls(done_file(task.folder, stage), task.blocks(stage), task.key)
+
     def reload(self) -> None:
         """Read what other processes have marked; if one has finished the task and removed the map, all is done."""
         try:
@@ -215,6 +221,11 @@ class DoneMap:
         rate = path.with_name(f"{path.name}.rate")
         lines = (rate.read_bytes() if rate.is_file() else b"").splitlines(keepends=True)[-RATE_LINES:]
         write_file(rate, b"".join(lines) + f"{time.time():.3f} {self.count}\n".encode())
+
+
+def done_file(folder: Path, stage: str) -> Path:
+    """Return the place of the done-map of a stage in the folder of a task."""
+    return folder / f".done-{stage}"
 
 
 def remove_traces(folder: Path) -> None:

@@ -27,7 +27,7 @@ from connectomics.io.location import DEFAULT_OPTIONS, split_s3
 from connectomics.io.place import S3Path
 from connectomics.progress import Progress
 from connectomics.tasks.block_task import BlockTask
-from connectomics.tasks.blocks import DoneMap, remove_traces
+from connectomics.tasks.blocks import DoneMap, done_file, remove_traces
 from connectomics.tasks.failures import Failures
 from connectomics.tasks.lease import FREE, HELD, Lease, Watch, has_conditions
 from connectomics.tasks.lock import leading
@@ -209,9 +209,9 @@ def run_shared(task: BlockTask, engine: Engine, progress: Progress | None, *, ov
                 if not task.check():
                     return True
                 task.prepare(stage)
-                done = DoneMap(task.folder / f".done-{stage}", task.blocks(stage), task.key)
+                done = DoneMap.of(task, stage)
                 # while nobody can finish the task and move its folder
-                claims = open_claims(_claims_file(task.folder, stage), done) if len(done.missing) else None
+                claims = open_claims(done_file(task.folder, f"{stage}.claims"), done) if len(done.missing) else None
             reporter = Reporter(stage, done, progress)
             if claims is None:
                 reporter.report(now=True)
@@ -223,7 +223,7 @@ def run_shared(task: BlockTask, engine: Engine, progress: Progress | None, *, ov
         with leading(task.folder, wait=True) as require_lead:
             if not task.check():
                 return True
-            if all((task.folder / f".done-{stage}").exists() for stage in task.stages):
+            if all(done_file(task.folder, stage).exists() for stage in task.stages):
                 require_lead()
                 remove_traces(task.folder)
                 task.finish()
@@ -252,7 +252,7 @@ def _run_stage_shared(
 def refuse_if_shared(task: BlockTask) -> None:
     """Raise `WriteError` if processes with ``engine.share`` work on the task."""
     for stage in task.stages:
-        path = _claims_file(task.folder, stage)
+        path = done_file(task.folder, f"{stage}.claims")
         if _is_shared_on_s3(path) if isinstance(path, S3Path) else _is_shared(path):
             raise WriteError(
                 f"other processes share the work on {task.folder}: wait until they have ended, or join them with "
@@ -281,7 +281,3 @@ def _is_shared_on_s3(path: S3Path) -> bool:
         watches = [watch for watch, state in zip(watches, states, strict=True) if state != FREE]
         time.sleep(_POLL_S if watches else 0)
     return False
-
-
-def _claims_file(folder: Path, stage: str) -> Path:
-    return folder / f".done-{stage}.claims"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from connectomics.errors import ConnectomicsError
 from connectomics.io.place import S3Path
 from connectomics.tasks.block_task import BlockTask, Cost
-from connectomics.tasks.blocks import DoneMap
+from connectomics.tasks.blocks import DoneMap, done_file
 from connectomics.tasks.engines import number_of_workers
 from connectomics.tasks.supervise import Child, make_job
 
@@ -113,9 +113,8 @@ def estimate(
 
 def _stage(task: BlockTask, stage: str, overwrite: bool) -> StageEstimate:
     blocks = left = _blocks(task, stage)
-    file = task.folder / f".done-{stage}"
-    if blocks and not overwrite and file.exists():
-        left = blocks - DoneMap(file, blocks, task.key).count
+    if blocks and not overwrite and done_file(task.folder, stage).exists():
+        left = blocks - DoneMap.of(task, stage).count
     return StageEstimate(stage, blocks, left, task.cost(stage))
 
 

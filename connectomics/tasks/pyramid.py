@@ -22,7 +22,7 @@ from connectomics.io.levels import halve_labels, halve_raw, level_grids
 from connectomics.io.sharded import Codec
 from connectomics.io.write import ArrayWriter, Kind, create_array
 from connectomics.tasks.block_task import BlockTask, BlockWorker, Cost
-from connectomics.tasks.blocks import Lattice
+from connectomics.tasks.blocks import Lattice, done_file
 
 _STAGE = "pyramid-"  # with a number from 1
 _COARSEST = 64  # voxels: longest axis of the coarsest level
@@ -134,7 +134,7 @@ class PyramidStage:
         """Create the arrays; if one was missing, all blocks of the stage are to be done."""
         made = [p.make(n) for p, level, _ in self.parts for n in range(level + 1, p.last(level) + 1)]
         if any(made):
-            (task.folder / f".done-{stage}").unlink(missing_ok=True)
+            done_file(task.folder, stage).unlink(missing_ok=True)
 
     @property
     def blocks(self) -> int:

@@ -82,7 +82,7 @@ def run_task(
         task.claim(overwrite=overwrite)
         for stage in task.stages:
             task.prepare(stage)
-            done = DoneMap(task.folder / f".done-{stage}", task.blocks(stage), task.key)
+            done = DoneMap.of(task, stage)
             reporter = Reporter(stage, done, progress)
             reporter.report(now=True)
             if done.count < len(done):

@@ -346,6 +346,7 @@ def test_a_crop_table_comes_from_a_url_and_a_broken_one_is_not_kept(
         resolve_table(f"{server.endpoint}/public/nowhere.csv", tmp_path)
 
 
+@pytest.mark.slow
 def test_thousands_of_objects_come_through_failures(tmp_path: Path) -> None:
     """Three thousand objects, one request in fifty failing: each comes once, whole."""
     for n in range(3000):

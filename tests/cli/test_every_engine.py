@@ -40,6 +40,7 @@ from tests.cellmap.roots import grid_of, write_label, write_raw
 from tests.decoding.affinity_kit import OFFSETS, cells, write_prediction
 from tests.pipeline.test_predict_crops import save_checkpoint
 
+pytestmark = pytest.mark.slow
 BLOCK = (24, 32, 40)
 ENGINES = {
     "two processes": EngineConfig(workers=2),
@@ -134,7 +135,6 @@ def test_one_of_each_kind_is_compared(inputs: Path, here: dict[str, bytes], tmp_
     assert any(name.startswith("predicted") and "/s0/" in name for name in here)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_same_bytes(inputs: Path, here: dict[str, bytes], tmp_path: Path, engine: str) -> None:
     with ExitStack() as stack:

@@ -737,6 +737,7 @@ print(peak // 1024, flush=True)
 """
 
 
+@pytest.mark.slow
 def test_building_takes_memory_for_some_blocks_only(tmp_path: Path) -> None:
     """Raw of 8 MB and of 25 MB, with labels as many (which make 400 MB decoded at once): the peak grows by no more than
     the 64 MB of decoded chunks that a process keeps."""

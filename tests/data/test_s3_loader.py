@@ -118,6 +118,7 @@ def test_an_object_that_cannot_be_had_is_named(
         list(loader)
 
 
+@pytest.mark.slow
 def test_motos_s3_serves_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An independent server, which knows of access rights: nothing is signed."""
     expected = samples(str(folder / "root"))

@@ -71,8 +71,8 @@ def write_affinities(folder, ids):
 @pytest.mark.parametrize(
     ("method", "write", "shapes"),
     [
-        ("watershed", write_probabilities, [(192, 128, 128), (1536, 128, 128)]),
-        ("cc3d", write_between, [(192, 128, 128), (1536, 128, 128)]),
+        pytest.param("watershed", write_probabilities, [(192, 128, 128), (1536, 128, 128)], marks=pytest.mark.slow),
+        pytest.param("cc3d", write_between, [(192, 128, 128), (1536, 128, 128)], marks=pytest.mark.slow),
         ("mutex_watershed", write_affinities, [(192, 64, 64), (704, 64, 64)]),
     ],
 )

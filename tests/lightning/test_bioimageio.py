@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from connectomics.pipeline.package import write_package
 from tests.cli.small_way import pytc
 from tests.lightning.synthetic_run import tiny_config
 
-pytest.importorskip("bioimageio.spec")
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.skipif(find_spec("bioimageio") is None, reason="needs pip install 'connectomics-cellmap[bioimageio]'"),
+]
 GRAY = {"low": 74.0, "high": 192.0, "mean": 0.575, "std": 0.198, "origin": "test"}
 
 
@@ -57,6 +60,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_bioimageio(checkpoint, folder / "net.zip", authors=["A. Name"], license_name="CC-BY-4.0")
 
 
+@pytest.mark.slow
 def test_the_zoo_reproduces_the_test_output(model: Path) -> None:
     core = pytest.importorskip("bioimageio.core")
     summary = core.load_description_and_test(model).validation_summary
@@ -126,6 +130,7 @@ def test_a_patch_of_another_size_and_further_inputs_have_fixed_sizes(tmp_path: P
     assert about["inputs"][1]["axes"][2]["scale"] == 16.0
 
 
+@pytest.mark.slow
 def test_deep_networks_are_tested_on_as_much_as_they_take(tmp_path: Path) -> None:
     """At 32 voxels per side, the coarsest level of five halvings would be one voxel, which instance norm refuses."""
     five = {"channels": [4] * 6, "strides": [2] * 5}

@@ -22,10 +22,10 @@ from connectomics.models.heads import ids_of
 from connectomics.pipeline.train import train
 from tests.lightning.heads_run import HeadPatches, head_config
 from tests.lightning.synthetic_run import MadeUpData, Patches, tiny_config
-from tests.models.small_networks import TINY
+from tests.models.small_networks import EACH, TINY
 
 
-@pytest.mark.parametrize("name", sorted(TINY))
+@pytest.mark.parametrize("name", EACH)
 def test_the_output_of_every_network_starts_at_the_number(name: str) -> None:
     """At every size of the output, whatever the weights before it are."""
     side, options = TINY[name]

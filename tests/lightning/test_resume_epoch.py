@@ -78,6 +78,7 @@ def test_killed_and_resumed_again_and_again(undisturbed: Path, tmp_path: Path, w
     assert_same(folder, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_goes_on_with_other_workers(
     undisturbed: Path, tmp_path: Path, starter: Starter
 ) -> None:

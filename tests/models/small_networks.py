@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 TINY: dict[str, tuple[int, dict[str, Any]]] = {
     "mednext": (32, {"init_filters": 4}),
     "unet": (32, {"channels": [4, 8, 8, 8, 8]}),
@@ -18,3 +20,8 @@ TINY: dict[str, tuple[int, dict[str, Any]]] = {
     "flexible_unet": (64, {"decoder_channels": [16, 8, 8, 4, 4]}),
     "vnet": (32, {}),
 }
+#: For tests of each network; the large ones, which are MONAI's, take seconds.
+EACH = [
+    pytest.param(name, marks=[pytest.mark.slow] * (name in ("swin_unetr", "flexible_unet", "vnet")))
+    for name in sorted(TINY)
+]

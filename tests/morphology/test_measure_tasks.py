@@ -144,6 +144,7 @@ def test_a_task_comes_back_from_its_file(labels: Path, tmp_path: Path) -> None:
             type(task).from_dict(data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "engine",
     [

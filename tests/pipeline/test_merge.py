@@ -126,7 +126,7 @@ def test_tuned_folders_in_another_order(
         predicted(tmp_path / name, FINE, {"mito": ramp(FINE, scale)}, crop="crop1")
         for place in [*folder.glob("one.zarr/crop7/[em]*"), tmp_path / name / "one.zarr/crop1/mito"]:
             update_attrs(place, {"connectomics": about(place) | {"model": {"checkpoint": f"hash of {name}"}}})
-        tune(tmp_path / name, str(root), tmp_path / f"tuned-{name}")
+        tune(tmp_path / name, str(root), tmp_path / f"tuned-{name}", trials=2)
         folders.append(tmp_path / f"tuned-{name}")
     assert merge(two, out=tmp_path / "merged", tuned=folders).choices["mito"].scores.keys() == set(map(str, two))
     with pytest.raises(InputError, match=r"tuned-b was tuned on .* of the network of \S*second, not of that of"):

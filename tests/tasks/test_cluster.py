@@ -73,6 +73,7 @@ def test_blocks_are_marked_while_others_of_their_row_are_still_to_be_done(engine
     assert CubeWorker.tried(task, "first") == list(range(16))
 
 
+@pytest.mark.slow  # `test_processes.py` does this without Dask
 def test_blocks_that_kill_hang_or_eat_are_done_again_or_named(
     engine: Engine, tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
@@ -125,6 +126,7 @@ def dask(*words: str) -> subprocess.Popen[bytes]:
     )
 
 
+@pytest.mark.slow
 def test_a_scheduler_that_runs_already_and_is_killed(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
     file = tmp_path / "scheduler.json"
     scheduler = dask("scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(file))

@@ -18,8 +18,8 @@ LOCAL, DASK = {"workers": 2}, {"name": "dask", "workers": 2}
 @pytest.mark.parametrize(
     ("engine", "kills", "blocks"),
     [
-        pytest.param(LOCAL, 3, 120, id="local"),
-        pytest.param(DASK, 1, 100, id="dask"),
+        pytest.param(LOCAL, 2, 80, id="local"),
+        pytest.param(DASK, 1, 100, id="dask", marks=pytest.mark.slow),
         pytest.param(LOCAL, 20, 1200, id="local-20", marks=pytest.mark.slow),
         pytest.param(DASK, 20, 2400, id="dask-20", marks=pytest.mark.slow),
     ],
