@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from connectomics.errors import CorruptDataError, InputError, MetadataError, MissingError
-from connectomics.geometry import VoxelGrid, triple
+from connectomics.geometry import Triple, VoxelGrid, triple
 from connectomics.io import resample
 from connectomics.io.array import StoredArray
 from connectomics.io.metadata import grid_of_attrs, leading_axes, names_levels, parse_multiscales
@@ -67,7 +67,7 @@ class Multiscale:
         location: str,
         attrs: dict[str, Any],
         found: Sequence[tuple[Level, StoredArray]],
-        absent: Mapping[str, Sequence[float]],
+        absent: Mapping[str, Triple],
     ) -> None:
         self.location, self.attrs, self.absent = location, attrs, dict(absent)
         self.levels = tuple(level for level, _ in found)
@@ -102,7 +102,7 @@ class Multiscale:
             except StoreError:
                 raise
             except MissingError:
-                absent[path] = size
+                absent[path] = triple(size)
                 continue
             if len(array.shape) != 3:
                 shape = (*[1] * leading, *array.shape)
