@@ -186,15 +186,12 @@ def _head(given: HeadConfig, config: RunConfig, where: str) -> Head:
     if not affinities and given.offsets_nm:
         raise ConfigError(f"{where}.offsets_nm is for kind affinities only, got kind {given.kind}")
     return Head(
-        kind=given.kind,
-        class_name=given.class_name,
-        voxel_size=(z, y, x),
+        kind=given.kind, class_name=given.class_name, voxel_size=(z, y, x),
         offsets=_offsets(given.offsets_nm, (z, y, x), where) if affinities else (),
         scale_nm=0.0 if affinities else _scale(given, (z, y, x), where),
-        losses=tuple(given.losses) or _DEFAULT_LOSSES[given.kind],
-        weight=float(given.weight),
+        losses=tuple(given.losses) or _DEFAULT_LOSSES[given.kind], weight=float(given.weight),
         write=given.kind != "lsd" if given.write is None else given.write,
-    )
+    )  # fmt: skip
 
 
 def _scale(given: HeadConfig, voxel_size: Triple, where: str) -> float:

@@ -188,14 +188,9 @@ class CellMapDataModule(pl.LightningDataModule):
         return PatchSampler(
             self.train_dataset.sampled_crops(objects=data.sampling.get("instance", 0) > 0),
             EPOCH_PATCHES if data.patches_per_epoch is None else data.patches_per_epoch,
-            classes=self.train_dataset.classes,
-            sampling=data.sampling,
-            class_weights=data.class_weights,
-            seed=self.config.system.seed,
-            rank=rank,
-            world=world,
-            regions=self.train_dataset.reader.regions,
-        )
+            classes=self.train_dataset.classes, sampling=data.sampling, class_weights=data.class_weights,
+            seed=self.config.system.seed, rank=rank, world=world, regions=self.train_dataset.reader.regions,
+        )  # fmt: skip
 
     def _place(self) -> tuple[int, int]:
         """This process's number, and the number of processes."""
@@ -221,15 +216,10 @@ class CellMapDataModule(pl.LightningDataModule):
             # the kernels of the spatial pass are compiled at first use: once here, not in every worker
             dataset[sampler.request(0, 0)]
         return PatchLoader(
-            dataset,
-            sampler,
-            batch_size=data.batch_size,
-            collate=collate if self._unlabeled is None else collate_pairs,
-            workers=workers,
-            start=data.worker_start,
-            persistent=data.persistent_workers,
-            pin_memory=data.pin_memory and torch.cuda.is_available(),
-        )
+            dataset, sampler, batch_size=data.batch_size,
+            collate=collate if self._unlabeled is None else collate_pairs, workers=workers, start=data.worker_start,
+            persistent=data.persistent_workers, pin_memory=data.pin_memory and torch.cuda.is_available(),
+        )  # fmt: skip
 
     def first_batches(self) -> Iterator[dict[str, torch.Tensor]]:
         """Yield the first patches of training, each as a batch, to count labels: at least 16, and 2^25 voxels."""

@@ -90,6 +90,7 @@ def of_crops(config: RunConfig, crops: Sequence[Crop]) -> dict[str, Chosen]:
         sources.setdefault(crop.dataset, crop.raw_source)
     found = {}
     for name, source in sources.items():
+        _name_coarse(name, source, config.voxel_size)
         chosen = kept(config, name, spec)
         found[name] = chosen or choose(spec, name, source, [boxes[name]], config.voxel_size)
         if chosen is None:
@@ -116,10 +117,12 @@ def for_prediction(
             f"the checkpoints were trained with different normalizations of {dataset} "
             f"({'; '.join(map(str, known))}), so they cannot be averaged; predict with each by itself"
         )
+    source = Multiscale.open(raw)
+    _name_coarse(dataset, source, config.voxel_size)
     if known:
         chosen = replace(known[0], origin=f"the model ({known[0].origin})")
     else:
-        chosen = choose(config.data.intensity_range, dataset, Multiscale.open(raw), [[], boxes], config.voxel_size)
+        chosen = choose(config.data.intensity_range, dataset, source, [[], boxes], config.voxel_size)
     log.info("%s: %s", dataset, chosen)
     own = next((one for one in (kept(of, dataset, None) for of in trained) if one is not None), None)
     if own is not None and own.normalization.range != chosen.normalization.range:
@@ -129,6 +132,17 @@ def for_prediction(
             dataset, KEY, *chosen.normalization.range, *own.normalization.range,
         )  # fmt: skip
     return chosen.normalization
+
+
+def _name_coarse(dataset: str, source: Multiscale, voxel_size: Triple) -> None:
+    """Warn if raw is coarser than it could be at a voxel size (nm), since finer levels were not downloaded."""
+    if finer := source.finer_absent(voxel_size):
+        used, asked = (" x ".join(f"{v:g}" for v in size) for size in (source.grid.voxel_size, voxel_size))
+        log.warning(
+            "%s: its raw is read at %s nm, coarser than %s nm, since %s is not stored: fetch it "
+            "(pytc fetch --voxel-size), or set dataset.voxel_size",
+            dataset, used, asked, ", ".join(finer),
+        )  # fmt: skip
 
 
 def with_normalization(config: RunConfig, entries: Mapping[str, Any]) -> RunConfig:

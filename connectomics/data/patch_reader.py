@@ -83,19 +83,11 @@ class PatchReader:
             codes, ids = states.split(codes)
             states = states.plain
         patch = PackedPatch(
-            images=tuple(images),
-            codes=codes,
-            states=states,
-            grid=grid,
-            crop=request.index,
+            images=tuple(images), codes=codes, states=states, grid=grid, crop=request.index,
             region=None if self.regions is None else self.regions.number(request.index, center),
-            seed=int(rng.integers(2**63 - 1)),
-            drawn_by=request.drawn_by,
-            normalization=volume.normalized,
-            augmentation=moved.parameters,
-            instances=arrays.states.instances,
-            ids=ids,
-        )
+            seed=int(rng.integers(2**63 - 1)), drawn_by=request.drawn_by, normalization=volume.normalized,
+            augmentation=moved.parameters, instances=arrays.states.instances, ids=ids,
+        )  # fmt: skip
         return patch if self.augmentor is None else self.augmentor.finish(patch, int(rng.integers(2**31)))
 
     def draw(self, request: PatchRequest) -> tuple[VoxelGrid, CoordinateMap, np.random.Generator]:

@@ -19,7 +19,7 @@ import numpy as np
 
 from connectomics import __version__
 from connectomics.decoding.label_artifact import partial_of, title_of, unknown_of
-from connectomics.decoding.prediction import open_prediction
+from connectomics.decoding.prediction import open_prediction, trained_on
 from connectomics.decoding.probabilities import OnGrid, unit_of
 from connectomics.errors import InputError, WriteError
 from connectomics.geometry import Box, Index, VoxelGrid
@@ -136,6 +136,7 @@ class AverageTask(BlockTask):
         ours: Mapping[str, Any] = {
             "artefact": "probability", "class_name": Path(self.output).name, "grid": self.grid.to_dict(),
             "version": __version__, "scale": 1 / unit_of(np.dtype(self.dtype)), "average": self.key,
+            "model": {"trained": any(trained_on(source.attrs["connectomics"]) for source in sources)},
             **unknown_of(*sources), **self.provenance.to_dict(), "complete": True,
         }  # fmt: skip
         for path in self.folder.glob(".done-*"):

@@ -34,6 +34,7 @@ from connectomics.decoding.parameters import METHODS
 from connectomics.errors import InputError, MetadataError
 from connectomics.geometry import Index, Triple, index, slices_of
 from connectomics.io.artifacts import identity, require_complete
+from connectomics.io.fingerprint import fingerprint
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import ArrayWriter
 from connectomics.tasks.block_task import BlockWorker, Cost, Worker
@@ -71,7 +72,10 @@ class EditTask(LabelsTask):
 
     def made_from(self) -> dict[str, str]:
         edits = hashlib.sha256("\n".join(e.to_json() for e in linked(self.edits, self.class_name)[1]).encode())
-        labels = {f"labels of {name}": identity(source) for name, source in self.sources.items()}
+        labels = {  # other programs may draw in them, and leave the ID
+            f"labels of {name}": f"{identity(source)}-{fingerprint(source, with_location=False)[:16]}"
+            for name, source in self.sources.items()
+        }
         return {**labels, "edits": edits.hexdigest()[:16]}
 
     def settings(self) -> dict[str, Any]:

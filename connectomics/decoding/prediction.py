@@ -49,6 +49,12 @@ def networks_of(said: Mapping[str, Any]) -> set[str]:
     return {str(network)} if network else set()
 
 
+def trained_on(said: Mapping[str, Any]) -> bool:
+    """Return whether the attribute of a prediction, or of labels made from it, says that the network was trained on the
+    crop."""
+    return bool(said.get("source", said).get("model", {}).get("trained"))
+
+
 def open_boundary(source: Multiscale, parameters: DecodeParameters) -> Multiscale | None:
     """Open what separates the objects of a class, given its opened probabilities; None if nothing does."""
     if parameters.boundary:

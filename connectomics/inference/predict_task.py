@@ -44,7 +44,7 @@ PREDICT = "predict"  # the first stage
 _PRECISIONS = ("32", "bf16", "fp16")
 _OF_MODEL = (
     "checkpoint", "classes", "voxel_size", "window", "overlap", "multiple", "blending", "context", "precision",
-    "views", "symmetries", "dropout_samples", "skip_empty", "normalization",
+    "views", "symmetries", "dropout_samples", "skip_empty", "normalization", "trained",
 )  # fmt: skip
 _WORKER_BYTES = 320 << 20  # that a worker holds besides its block: kernels, pieces being written, caches of the reader
 
@@ -71,12 +71,13 @@ class PredictTask(BlockTask):
         skip_empty: leave out windows whose raw is constant or absent; probability is 0 where there are no others.
         mask: location of a multiscale group: leave out windows wholly where it is 0, or beyond it.
         allow_missing_raw: whether voxels of the region may lack raw; they get probability 0.
+        trained: whether the networks were trained on a part of the region, as far as it is known.
         about: attributes of channels that are no classes (``artefact``, ``class_name``, ...).
         storage: of arrays.
     """
 
     kind: ClassVar[str] = "predict"
-    free: ClassVar[frozenset[str]] = frozenset({"batch_size", "allow_missing_raw", "pyramid"})
+    free: ClassVar[frozenset[str]] = frozenset({"batch_size", "allow_missing_raw", "pyramid", "trained"})
     places: ClassVar[frozenset[str]] = frozenset({"raw", "output", "mask", "checkpoints"})
     networks: ClassVar[tuple[Network, ...]] = ()  # of `given`: in this process only, neither stored nor compared
 
@@ -107,6 +108,7 @@ class PredictTask(BlockTask):
     skip_empty: bool = False
     mask: str | None = None
     allow_missing_raw: bool = False
+    trained: bool = False
     about: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
     storage: Storage = Storage()  # noqa: RUF009 (frozen)
 
@@ -129,9 +131,8 @@ class PredictTask(BlockTask):
             object.__setattr__(self, name, value)
         self._require_valid()
         require_unchanged(chosen, self.voxel_size, "the voxel size")
-        for size, shape in self.inputs:
-            require_unchanged(chosen, size, "a further input of")
-            require_unchanged(chosen, shape, "a further input of")
+        for sides in (sides for pair in self.inputs for sides in pair):
+            require_unchanged(chosen, sides, "a further input of")
         for together in self._windows_seen.values():
             channel_maps(together, self._channel_attributes)  # refuses affinities without a counterpart
 
@@ -143,11 +144,10 @@ class PredictTask(BlockTask):
                 raise unknown_name("class", name, self.classes, "the network's output")
             if grid.size == 0:
                 raise InputError(f"the target grid of {name} for {self.output} is empty ({grid}); leave it out")
-        dtypes = tuple(artifact.UNITS)
-        allowed = {"blending": BLENDINGS, "precision": _PRECISIONS, "dtype": dtypes, "uncertainty": UNCERTAINTIES}
-        for name, words in allowed.items():
-            if getattr(self, name) not in words:
-                raise InputError(f"{name} must be one of {', '.join(words)}, got {getattr(self, name)!r}")
+        words = {"blending": BLENDINGS, "precision": _PRECISIONS, "dtype": artifact.UNITS, "uncertainty": UNCERTAINTIES}
+        for name, allowed in words.items():
+            if getattr(self, name) not in allowed:
+                raise InputError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.batch_size != "auto" and not (isinstance(self.batch_size, int) and self.batch_size >= 1):
             raise InputError(f"batch_size must be at least 1, or auto, got {self.batch_size!r}")
         samples, kind = self.dropout_samples, self.uncertainty

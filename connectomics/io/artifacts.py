@@ -20,7 +20,7 @@ import json
 import uuid
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from connectomics.errors import IncompleteError, MetadataError, MissingError
@@ -105,6 +105,26 @@ def identity(source: Multiscale) -> str:
         return str(found["id"])
     attribute = hashlib.sha256(json.dumps(found, sort_keys=True, default=str).encode()).hexdigest()[:8]
     return f"{content_identity(source)}-{attribute}"
+
+
+def marks(said: Any) -> dict[str, str]:
+    """Return what identifies an array, as far as its attribute ``connectomics`` says so: its ``id``, and hashes of the
+    ``model`` and of ``decode``. Arrays of a submission have the same hashes, but no ID."""
+    said = said if isinstance(said, Mapping) else {}
+    made = {"model": said.get("source", said).get("model"), "decode": said.get("decode")}
+    found = {name: json.dumps(portable(value), sort_keys=True) for name, value in made.items() if value}
+    hashes = {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in found.items()}
+    return hashes | ({"id": str(said["id"])} if said.get("id") else {})
+
+
+def portable(value: Any) -> Any:
+    """Return attributes without ids of runs, and absolute paths cut to their last part: a submission is published, and
+    the same on every machine."""
+    if isinstance(value, dict):
+        return {key: portable(inner) for key, inner in value.items() if key not in ("id", "made_from")}
+    if isinstance(value, list):
+        return [portable(inner) for inner in value]
+    return PurePath(value).name if isinstance(value, str) and PurePath(value).is_absolute() else value
 
 
 def require_complete(location: str | Path, *kinds: str, foreign: bool = False) -> dict[str, Any]:

@@ -8,7 +8,7 @@ missing data and not black tissue.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from connectomics.errors import CorruptDataError, InputError, MetadataError, MissingError
-from connectomics.geometry import VoxelGrid, triple
+from connectomics.geometry import Triple, VoxelGrid, triple
 from connectomics.io import resample
 from connectomics.io.array import StoredArray
 from connectomics.io.metadata import grid_of_attrs, leading_axes, names_levels, parse_multiscales
@@ -58,14 +58,18 @@ class Multiscale:
 
     Attributes:
         location: path or URL. levels: the stored levels, finest first. attrs: the group's attributes.
-        arrays: the arrays of the levels. absent: paths of levels that the metadata lists but that are not stored
-            (partial downloads leave them out).
+        arrays: the arrays of the levels. absent: paths and voxel sizes of levels that the metadata lists but that are
+            not stored (partial downloads leave them out).
     """
 
     def __init__(
-        self, location: str, attrs: dict[str, Any], found: Sequence[tuple[Level, StoredArray]], absent: Sequence[str]
+        self,
+        location: str,
+        attrs: dict[str, Any],
+        found: Sequence[tuple[Level, StoredArray]],
+        absent: Mapping[str, Triple],
     ) -> None:
-        self.location, self.attrs, self.absent = location, attrs, tuple(absent)
+        self.location, self.attrs, self.absent = location, attrs, dict(absent)
         self.levels = tuple(level for level, _ in found)
         self.arrays = tuple(array for _, array in found)
 
@@ -89,7 +93,7 @@ class Multiscale:
         if not names_levels(attrs) and object_exists(join(where, ".zarray"), options):
             raise MetadataError(f"{where} is an array, expected a multiscale group; open it as PlainArray")
         found: list[tuple[Level, StoredArray]] = []
-        absent = []
+        absent = {}
         listed = parse_multiscales(attrs, where)
         leading = leading_axes(attrs, where)
         for path, size, first in listed:
@@ -98,7 +102,7 @@ class Multiscale:
             except StoreError:
                 raise
             except MissingError:
-                absent.append(path)
+                absent[path] = triple(size)
                 continue
             if len(array.shape) != 3:
                 shape = (*[1] * leading, *array.shape)
@@ -120,6 +124,14 @@ class Multiscale:
         asked = np.array(triple(voxel_size, "voxel_size"))
         fine = [k for k, level in enumerate(self.levels) if np.all(level.grid.voxel_size <= asked * (1 + _AS_FINE))]
         return fine[-1] if fine else 0
+
+    def finer_absent(self, voxel_size: ArrayLike) -> list[str]:
+        """Return the paths of levels that are not stored, if what is read at ``voxel_size`` (nm) is coarser than that,
+        and coarser than they are."""
+        used, asked = np.array(self.levels[self.level_for(voxel_size)].grid.voxel_size), np.asarray(voxel_size)
+        if np.all(used <= asked * (1 + _AS_FINE)):
+            return []
+        return [path for path, size in self.absent.items() if np.prod(size) < np.prod(used)]
 
     def read_raw(self, grid: VoxelGrid) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """Read raw values at the voxels of any ``grid``, which may lie partly or wholly outside.

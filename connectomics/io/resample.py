@@ -164,13 +164,9 @@ def apply(block: NDArray[Any], tables: Tables, quantized: NDArray[np.uint8] | No
     if source.dtype not in (np.uint8, np.uint16, np.float32):
         source = source.astype(np.float32)
     weighted_sums(
-        np.ascontiguousarray(source),
-        *(z.first, z.count, z.weights),
-        *(y.first, y.count, y.weights),
-        *(x.first, x.count, x.weights),
-        out,
-        np.empty((0, 0, 0), np.uint8) if quantized is None else quantized,
-    )
+        np.ascontiguousarray(source), *(z.first, z.count, z.weights), *(y.first, y.count, y.weights),
+        *(x.first, x.count, x.weights), out, np.empty((0, 0, 0), np.uint8) if quantized is None else quantized,
+    )  # fmt: skip
     return out if quantized is None else quantized
 
 

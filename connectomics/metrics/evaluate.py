@@ -197,16 +197,9 @@ def evaluate_label(
     score = score_instance(a, b, voxel_size, rules, workers=workers, compare=True)
     weight = counts.tp + counts.fn
     sums = InstanceSums(
-        score.tp,
-        score.fp,
-        score.fn,
-        score.hausdorff_norm_sum,
-        score.n_hausdorff,
-        usual["rand_error"] * weight,
-        usual["voi_split"] * weight,
-        usual["voi_merge"] * weight,
-        weight,
-    )
+        score.tp, score.fp, score.fn, score.hausdorff_norm_sum, score.n_hausdorff, usual["rand_error"] * weight,
+        usual["voi_split"] * weight, usual["voi_merge"] * weight, weight,
+    )  # fmt: skip
     by_rules = {version: replace(sums, distance_sum=total) for version, total in score.sums.items()}
     return LabelEvaluation(dataset, crop, class_name, counts, sums, score.panoptic, by_rules)
 

@@ -120,14 +120,9 @@ def pair_counts(
             raise InputError(f"the mask of known voxels must have the volumes' shape {a.shape}, got {mask.shape}")
     table = (np.zeros(_FIRST_CAPACITY, np.uint64), np.zeros(_FIRST_CAPACITY, np.uint64))
     keys_a, keys_b, counts, _ = _count_pairs(
-        np.ravel(a).astype(common, copy=False),
-        np.ravel(b).astype(common, copy=False),
-        np.ravel(mask),
-        known is not None,
-        *table,
-        np.zeros(_FIRST_CAPACITY, np.int64),
-        0,
-    )
+        np.ravel(a).astype(common, copy=False), np.ravel(b).astype(common, copy=False), np.ravel(mask),
+        known is not None, *table, np.zeros(_FIRST_CAPACITY, np.int64), 0,
+    )  # fmt: skip
     return _sorted(keys_a, keys_b, counts)
 
 
@@ -241,17 +236,9 @@ class OverlapCounter:
     def add(self, truth: NDArray[Any], parts: NDArray[Any], begin: tuple[int, int, int] = (0, 0, 0)) -> None:
         """Count one block (unsigned, D H W, both of one shape) whose first voxel is at ``begin`` (z y x)."""
         *table, self._used = _count_block(
-            truth,
-            parts,
-            np.asarray(begin, np.int64),
-            self._t_size,
-            self._t_box,
-            self._p_size,
-            self._p_box,
-            self._p_first,
-            *self._table,
-            self._used,
-        )
+            truth, parts, np.asarray(begin, np.int64), self._t_size, self._t_box, self._p_size, self._p_box,
+            self._p_first, *self._table, self._used,
+        )  # fmt: skip
         self._table = (table[0], table[1], table[2])
 
     def result(self) -> Overlaps:
@@ -259,16 +246,9 @@ class OverlapCounter:
         ids = np.flatnonzero(self._t_size)
         truth, part, voxels = _sorted(*self._table)
         return Overlaps(
-            ids,
-            self._t_size[ids],
-            self._t_box[ids],
-            self._p_size,
-            self._p_box,
-            self._p_first,
-            truth.astype(np.int64),
-            part.astype(np.int64),
-            voxels,
-        )
+            ids, self._t_size[ids], self._t_box[ids], self._p_size, self._p_box, self._p_first,
+            truth.astype(np.int64), part.astype(np.int64), voxels,
+        )  # fmt: skip
 
 
 def _empty_boxes(n: int) -> NDArray[np.int32]:

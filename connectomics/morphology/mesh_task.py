@@ -270,14 +270,9 @@ class _Meshes(BlockWorker):
             self._keep(number, mesh)
             return
         mesh = mesh_object(
-            self._source,
-            label,
-            self._boxes[number].tolist(),
-            semantic=task.labels.semantic,
-            simplify=task.simplify,
-            max_error_nm=task.max_error_nm,
-            max_vertices=task.max_vertices,
-        )
+            self._source, label, self._boxes[number].tolist(), semantic=task.labels.semantic, simplify=task.simplify,
+            max_error_nm=task.max_error_nm, max_vertices=task.max_vertices,
+        )  # fmt: skip
         write_mesh(task.folder, label, mesh, task.file_format)
         self._keep(number, mesh)
 

@@ -112,17 +112,11 @@ def _task(root: Path, out: Path, place: Place, edits: Sequence[Edit]) -> EditTas
         parameters = read(DecodeParameters, said["decode"], str(folder / name))
     storage = Storage.of(OutputConfig(format="0.5")) if (folder / name / "zarr.json").exists() else Storage()
     return EditTask(
-        input=str(folder / name),
-        output=str(out / f"{dataset}.zarr" / crop / name),
-        class_name=name,
-        parameters=parameters,
-        block_shape=storage.block(BLOCK),
-        source=said.get("source", {}),
-        storage=storage,
-        pyramid=len(Multiscale.open(folder / name).levels) > 1,
-        edits=tuple(own),
+        input=str(folder / name), output=str(out / f"{dataset}.zarr" / crop / name), class_name=name,
+        parameters=parameters, block_shape=storage.block(BLOCK), source=said.get("source", {}), storage=storage,
+        pyramid=len(Multiscale.open(folder / name).levels) > 1, edits=tuple(own),
         others={other: str(folder / other) for other in names[1:]},
-    )
+    )  # fmt: skip
 
 
 def run_edits(

@@ -83,15 +83,12 @@ def data_facts(
         facts.append(_class_facts(name, crops, test_sizes.get(name)))
         progress(number + 1, len(classes), name)
     return DataFacts(
-        crops=len(crops),
-        volume_um3=float(np.prod(extents, axis=1).sum() / 1e9),
-        raw_nm=float(finest.min()),
+        crops=len(crops), volume_um3=float(np.prod(extents, axis=1).sum() / 1e9), raw_nm=float(finest.min()),
         raw_voxel=triple(finest[0]) if np.allclose(finest, finest[0], rtol=0.01) else None,
         raw_dtype=str(crops[0].raw_source.levels[0].dtype),
         gray=_gray_percentiles([crops[number] for number in across_datasets(crops)[:_MOST_CROPS]]),
-        extents_nm=triple(np.median(extents, axis=0)),
-        classes=tuple(facts),
-    )
+        extents_nm=triple(np.median(extents, axis=0)), classes=tuple(facts),
+    )  # fmt: skip
 
 
 def _class_facts(name: str, crops: Sequence[Crop], test_sizes: Sequence[float] | None) -> ClassFacts:
@@ -116,14 +113,12 @@ def _class_facts(name: str, crops: Sequence[Crop], test_sizes: Sequence[float] |
         if counts is None:
             volumes += found
     return ClassFacts(
-        name=name,
-        crops=len(own),
-        present_um3=float(volumes[0]),
+        name=name, crops=len(own), present_um3=float(volumes[0]),
         share=float(volumes[0] / volumes[1]) if volumes[1] else 0.0,
         chord_nm=float(np.mean(lengths / runs)) if runs.all() else None,
         test_nm=float(np.median(test_sizes)) if test_sizes else None,
         touching=float(shared / runs.sum()) if runs.all() else 0.0,
-    )
+    )  # fmt: skip
 
 
 def across_datasets(crops: Sequence[Crop]) -> list[int]:

@@ -10,6 +10,7 @@ from connectomics.cellmap.catalog import Catalog, Crop, open_root
 from connectomics.cellmap.classes import is_instance_class
 from connectomics.cellmap.labels import read_instances, read_labels
 from connectomics.decoding.label_artifact import unknown_share
+from connectomics.decoding.prediction import trained_on
 from connectomics.errors import MissingError
 from connectomics.io.artifacts import require_complete
 from connectomics.io.location import local_path
@@ -21,6 +22,7 @@ from connectomics.metrics.challenge.rules import DEFAULT_RULES, RULES, Rules, ge
 from connectomics.metrics.evaluate import LabelEvaluation, evaluate_label, score_of, summarize, totals
 from connectomics.metrics.tables import write_csv, write_json
 from connectomics.pipeline.results import Labels, Scores, chosen_arrays
+from connectomics.pipeline.targets import name_trained
 from connectomics.progress import Progress
 
 _BLOCK = (128, 128, 128)
@@ -67,6 +69,7 @@ def evaluate(
     folder, catalog = Labels.open(labels).folder, open_root(root)
     found = chosen_arrays(folder, datasets, crops, classes)
     rows, left_out, unknown, made_from = list[LabelEvaluation](), list[str](), dict[str, float](), dict[str, str]()
+    trained = list[tuple[str, bool]]()
     for done, (dataset, crop, name) in enumerate(found, start=1):
         row, about = None, dict[str, Any]()
         if dataset in catalog.datasets and crop in catalog.crop_names(dataset):
@@ -79,6 +82,7 @@ def evaluate(
             left_out.append(f"{dataset}/{crop}/{name}")
         else:
             rows.append(row)
+            trained.append((f"{dataset}/{crop}", trained_on(about)))
             made_from[f"{dataset}/{crop}/{name}"] = str(about.get("id", ""))
         if progress is not None:
             progress(done, len(found), f"{dataset}/{crop}/{name}")
@@ -86,6 +90,7 @@ def evaluate(
         raise MissingError(
             f"none of the labels in {folder} is of an annotated crop of {catalog.root}; nothing to compare"
         )
+    name_trained(trained)
     content = _summary(rows, version, samples) | {"left_out": left_out, "unknown": unknown, "made_from": made_from}
     if files is None:
         return Scores(content)

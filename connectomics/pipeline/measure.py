@@ -78,7 +78,7 @@ def run_tasks(
     """Check all tasks with output below ``out``, then do what is missing of each, within ``around`` of its folder."""
     begun = any((task.folder / TASK_FILE).exists() or place_of(task.output).is_file() for task in tasks)
     if resume and not overwrite and not begun:
-        raise MissingError(f"--resume: no unfinished output of this command in {out}; leave --resume out to start")
+        raise MissingError(f"--resume: nothing was begun below {out}; leave it out to begin")
     for task in tasks:
         task.check(overwrite=task.starts_over(overwrite=overwrite, resume=resume))
     with open_engine(engine) as workers:

@@ -21,6 +21,7 @@ from connectomics.errors import InputError, MissingError, WriteError, number_of,
 from connectomics.geometry import VoxelGrid
 from connectomics.io.artifacts import about, publish
 from connectomics.io.location import local_path
+from connectomics.io.place import remove_tree
 from connectomics.io.replacing import contains, has_keys, not_ours, require_own, unfinished, write_file, write_json
 from connectomics.io.write import ensure_group
 from connectomics.pipeline.decode import decode_jobs, do_jobs
@@ -201,7 +202,7 @@ def merge(
         average: number of predictions to average, the best by score.
         config: its ``decoding.classes`` replaces the tuned parameters, ``decoding.default`` is for classes without
             them; ``engine`` runs the blocks.
-        overwrite: replace merged probabilities and labels that were made from others.
+        overwrite: replace merged probabilities and labels that were made from others, and remove those of other runs.
 
     Raises:
         InputError, MissingError: nothing to merge, scores that cannot be compared, or a prediction that does not cover
@@ -224,6 +225,10 @@ def merge(
         decoding = decode_parameters(names, own.default, own.classes)
         given = {name: parameters for name, parameters in decoding.items() if name in own.classes}
         choices = choose(candidates, average=average, classes=classes, parameters=given, untuned=decoding)
+        if classes is None:
+            _remove_others(choices, folder, "probability", overwrite)
+            if packs:
+                _remove_others(choices, work / "labels", "labels", overwrite)
         _combine(choices, folder, table, settings.engine, overwrite, named(progress, "merging"))
         _write_choices(work, choices)
         probabilities = Probabilities(folder, settings, table)
@@ -323,6 +328,24 @@ def _combine(
                 task = AverageTask(tuple(map(str, places)), str(target), grids.get(array, grid), dtype)
                 run_task(task, workers, overwrite=overwrite, resume=overwrite)
             progress(done, len(arrays), "/".join(array))
+
+
+def _remove_others(choices: Mapping[str, Choice], folder: Path, kind: str, overwrite: bool) -> None:
+    """Remove what an earlier merge of others left in ``folder``; `WriteError` without ``overwrite``."""
+    wanted = {(root, name) for name, choice in choices.items() for root in choice.ranked}
+    there = {array for root, name in wanted for array in find_arrays(root) if array[2] == name}
+    for dataset, crop, name in find_arrays(folder) if folder.is_dir() else ():
+        place = folder / f"{dataset}.zarr" / crop / name
+        if (dataset, crop, name) in there:
+            continue
+        if about(place).get("artefact") != kind:
+            raise not_ours(place, "merge")
+        if not overwrite:
+            raise WriteError(
+                f"{folder} holds {dataset}/{crop}/{name} of an earlier merge; remove it (--overwrite), or choose other "
+                "output"
+            )
+        remove_tree(place)
 
 
 def _grid_and_dtype(roots: Sequence[Path], array: tuple[str, str, str]) -> tuple[VoxelGrid, str]:

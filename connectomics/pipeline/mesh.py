@@ -95,8 +95,8 @@ def mesh_tasks(
 ) -> list[MeshTask]:
     """Return the tasks that mesh one class of a folder of labels, ``{dataset}.zarr/{crop}/{class}``; one per crop.
 
-    The positions of the objects come from the table ``instances.csv`` that decode writes; without it the labels are
-    read once more.
+    The positions of the objects come from the table ``instances.csv`` that decode writes; without it, or if the labels
+    were changed since, the labels are read once more.
 
     Args:
         datasets, crops: only these; by default all.
@@ -124,15 +124,17 @@ def mesh_tasks(
         labels = open_labels(root, place)
         instances = place_of(labels.location) / INSTANCE_TABLE
         task = MeshTask(
-            labels=labels,
-            class_name=class_name,
-            output=str(out.joinpath(*place)),
-            table=str(instances) if instances.exists() else "",
-            ids=tuple(sorted(ids)),
-            file_format=file_format,
-            simplify=simplify,
-            max_error_nm=max_error_nm,
-            max_vertices=max_vertices,
-        )
+            labels=labels, class_name=class_name, output=str(out.joinpath(*place)),
+            table=str(instances) if _is_current(instances) else "", ids=tuple(sorted(ids)), file_format=file_format,
+            simplify=simplify, max_error_nm=max_error_nm, max_vertices=max_vertices,
+        )  # fmt: skip
         tasks.append(task)
     return tasks
+
+
+def _is_current(table: Path) -> bool:
+    """Whether an instance table exists, and no chunk of its labels is newer (on S3: whether it exists)."""
+    if isinstance(table, S3Path) or not table.exists():
+        return table.exists()
+    written = table.stat().st_mtime_ns
+    return all(file.is_dir() or file.stat().st_mtime_ns <= written for file in (table.parent / "s0").rglob("*"))

@@ -34,7 +34,7 @@ from connectomics.io.sharded import Storage
 from connectomics.pipeline.network_task import NetworkPredictTask, load_networks, network_and_config, ready
 from connectomics.pipeline.results import Probabilities
 from connectomics.pipeline.runs import Run
-from connectomics.pipeline.targets import Target, chosen_targets, grids_of, mask_of, normalizations_of, targets_of
+from connectomics.pipeline.targets import Target, chosen_targets, grids_of, mask_of, normalizations_of, with_trained
 from connectomics.progress import Progress, named, silent
 from connectomics.tasks import TASK_FILE, Engine, open_engine, run_task
 from connectomics.tasks.engines import Here
@@ -152,7 +152,7 @@ def predict_cellmap_crops(
     networks = load_networks(given_paths, config) if model is None else _given_network(model, config, given_paths)
     tasks = network_tasks(config, networks, given_paths if model is None else (), output_dir, targets, place)
     if resume and not overwrite and not any((task.folder / TASK_FILE).exists() for task in tasks):
-        raise MissingError(f"--resume: there is nothing to resume below {output_dir}; run without --resume to start")
+        raise MissingError(f"--resume: nothing was begun below {output_dir}; leave it out to begin")
     blocks = accept_failed if isinstance(accept_failed, Mapping) else {"": accept_failed} if accept_failed else {}
     accepted = {task.output: numbers for task, numbers in zip(tasks, accepted_of(tasks, blocks), strict=True)}
     replaced = [task.starts_over(overwrite=overwrite, resume=resume) for task in tasks]
@@ -252,11 +252,11 @@ def network_tasks(
                 pass
     options, about = config.inference, channel_attributes(network.config)
     channels = (*channel_names(network.config), *unions_of(config.dataset.classes, options.groups))
-    chosen = list(targets) if targets is not None else targets_of(config)
+    chosen = with_trained(targets, config, checkpoints)
     for number, target in enumerate(chosen):
-        if any((target.dataset, target.name) == (other.dataset, other.name) for other in chosen[:number]):
+        if any(target.key == other.key for other in chosen[:number]):
             raise InputError(
-                f"{target.dataset}/{target.name} has several parts to predict, and a crop has one output folder; "
+                f"{target.key} has several parts to predict, and a crop has one output folder; "
                 "predict them one by one (--box), or leave one part in the split file"
             )
     normalizations = normalizations_of(config, [network.config for network in networks.values()], catalog, chosen)
@@ -292,6 +292,7 @@ def network_tasks(
             skip_empty=options.skip_empty,
             mask=mask_of(catalog, target.dataset, options.mask),
             allow_missing_raw=config.data.allow_missing_raw,
+            trained=target.trained,
             about=about,
             storage=storage,
         )

@@ -67,7 +67,7 @@ def run_stored_task(
     if not task.check(overwrite=replaces):
         return f"nothing to do: {task.name} is complete"
     if resume and not overwrite and not (task.folder / TASK_FILE).exists():
-        raise MissingError(f"--resume: {task.name} was not started at {task.folder}; leave --resume out to start")
+        raise MissingError(f"--resume: nothing was begun below {task.folder}; leave it out to begin")
     advance = named(progress or silent, task.name)
     run_task(task, engine, advance, device=device, overwrite=replaces, accept=accepted)
     return f"{task.name}: complete"

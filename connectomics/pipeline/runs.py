@@ -97,17 +97,11 @@ def open_run(folder: str | Path) -> Run:
     values = [float(row[monitor]) for row in rows if row.get(monitor)]
     epochs, steps = ([int(float(row[name])) for row in rows if row.get(name)] for name in ("epoch", "step"))
     return Run(
-        folder=place,
-        config=config,
-        epochs=max(epochs, default=-1) + 1,
-        steps=max(steps, default=-1) + 1,
-        started=datetime.fromtimestamp(file.stat().st_mtime, UTC),
-        monitor=monitor,
-        best=(max if mode == "max" else min)(values, default=None),
-        metrics=last_values(place / "metrics.csv"),
-        environment=next(reversed(starts_of(place)), {}),
-        state=state_of(place),
-    )
+        folder=place, config=config, epochs=max(epochs, default=-1) + 1, steps=max(steps, default=-1) + 1,
+        started=datetime.fromtimestamp(file.stat().st_mtime, UTC), monitor=monitor,
+        best=(max if mode == "max" else min)(values, default=None), metrics=last_values(place / "metrics.csv"),
+        environment=next(reversed(starts_of(place)), {}), state=state_of(place),
+    )  # fmt: skip
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:

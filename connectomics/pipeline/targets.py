@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from connectomics.cellmap.catalog import Catalog, Crop, box_of
 from connectomics.cellmap.classes import unions_of
@@ -15,14 +16,12 @@ from connectomics.cellmap.crop_table import CropTable
 from connectomics.config.schema import RunConfig
 from connectomics.data.normalization import for_prediction
 from connectomics.data.splits import Split, kept_out, parse_entry
-from connectomics.errors import ConfigError, ConnectomicsError, InputError, MissingError, first_of, number_of
+from connectomics.errors import ConfigError, InputError, MissingError, first_of, number_of
 from connectomics.geometry import Box, Triple, VoxelGrid
 from connectomics.io import store
 from connectomics.io.location import absolute
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.normalization import Normalization
-from connectomics.io.place import TASK_FILE
-from connectomics.tasks.block_task import read_task
 
 log = logging.getLogger(__name__)
 
@@ -35,11 +34,18 @@ class Target:
         dataset: name of the data set in the data root.
         name: name of the region's folder in the output, ``crop557``.
         grids: the grid to write for each class.
+        trained: whether a network was trained on a part of it.
     """
 
     dataset: str
     name: str
     grids: Mapping[str, VoxelGrid] = field(hash=False)
+    trained: bool = False
+
+    @property
+    def key(self) -> str:
+        """``{dataset}/{name}``."""
+        return f"{self.dataset}/{self.name}"
 
 
 def targets_of(
@@ -144,31 +150,35 @@ def chosen_targets(
     table = CropTable.of_root(config.dataset.data_root) if crops == "test" else None
     if table is None and crops is not None:
         table = CropTable.resolve(crops)
-    targets = targets_of(config, crop_table=table, box=box)
-    if box is None and table is None and config.dataset.crop_table is None:
-        name_trained([f"{target.dataset}/{target.name}" for target in targets], checkpoints)
-    return targets, table
+    return targets_of(config, crop_table=table, box=box), table
 
 
-def name_trained(keys: Sequence[str], checkpoints: Iterable[str | Path]) -> None:
-    """Warn of crops (``dataset/crop``) that a network was trained on, as far as its run says so."""
+def with_trained(
+    targets: Sequence[Target] | None, config: RunConfig, checkpoints: Sequence[str | Path]
+) -> list[Target]:
+    """Return targets (None: those of the configuration) that say whether a network was trained on a part of them, as
+    far as its run says so (``split.yaml``). Warn of these."""
     files = {Path(path).resolve().parent.parent / "split.yaml" for path in checkpoints}
-    trained = {parse_entry(entry)[0] for file in files if file.is_file() for entry in Split.load(file).train}
-    if seen := [key for key in keys if key in trained]:
+    seen = [parse_entry(entry) for file in files if file.is_file() for entry in Split.load(file).train]
+    found = []
+    for target in targets_of(config) if targets is None else targets:
+        # without the outer half of voxels, which may touch a region
+        boxes = [grid.box.grow(-0.5 * np.asarray(grid.voxel_size)) for grid in target.grids.values()]
+        regions = [region for key, region in seen if key == target.key]
+        trained = any(r is None or any(not r.intersect(box).is_empty for box in boxes) for r in regions)
+        found.append(replace(target, trained=trained))
+    name_trained((target.key, target.trained) for target in found)
+    return found
+
+
+def name_trained(crops: Iterable[tuple[str, bool]]) -> None:
+    """Warn of crops (``dataset/crop``, and whether a network was trained on it) for which this holds at least once."""
+    known = dict(sorted(crops))
+    if seen := [key for key, trained in known.items() if trained]:
         log.warning(
             "%d of %s %s used for training (%s): do not evaluate or tune on training data; --crops val predicts the "
-            "others", len(seen), number_of(len(keys), "crop"), "was" if len(seen) == 1 else "were", first_of(seen, 3),
+            "others", len(seen), number_of(len(known), "crop"), "was" if len(seen) == 1 else "were", first_of(seen, 3),
         )  # fmt: skip
-
-
-def checkpoints_of(predictions: str | Path, keys: Iterable[str]) -> list[str]:
-    """Return the checkpoints that the tasks of predicted crops (``dataset/crop``) name, if there are tasks."""
-    found: list[str] = []
-    for dataset, crop in (key.split("/") for key in keys):
-        with suppress(ConnectomicsError):
-            task = read_task(store.join(predictions, f"{dataset}.zarr", crop, TASK_FILE))
-            found += task.get("checkpoints", ())
-    return found
 
 
 def normalizations_of(

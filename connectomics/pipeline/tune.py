@@ -31,6 +31,7 @@ from connectomics.decoding.prediction import (
     open_boundary,
     open_prediction,
     read_on,
+    trained_on,
 )
 from connectomics.decoding.probabilities import as_bytes, read_block
 from connectomics.errors import InputError, MissingError, WriteError, as_write_error
@@ -41,7 +42,7 @@ from connectomics.io.multiscale import Multiscale
 from connectomics.metrics.challenge.results import Panoptic
 from connectomics.metrics.challenge.rules import DEFAULT_RULES, Rules, get_rules
 from connectomics.pipeline.results import chosen_arrays
-from connectomics.pipeline.targets import checkpoints_of, name_trained
+from connectomics.pipeline.targets import name_trained
 from connectomics.pipeline.tune_results import TunedClass, write_results
 from connectomics.pipeline.tune_space import SearchSpace, Volume, pooled_scores, threshold_of
 from connectomics.progress import Progress, silent
@@ -111,8 +112,7 @@ def tune(
     catalog = Catalog.open(root)
     begin = time.monotonic()
     found_in = {n: _predictions(Path(predictions_dir), catalog, found, n, parameters[n]) for n in names}
-    keys = sorted({prediction.crop.key for name in chosen for prediction in found_in[name]})
-    name_trained(keys, checkpoints_of(predictions_dir, keys))
+    name_trained((p.crop.key, trained_on(p.source.attrs["connectomics"])) for name in chosen for p in found_in[name])
     result: dict[str, TunedClass] = {}
     for index, name in enumerate(chosen):
         left = None if seconds is None else (begin + seconds - time.monotonic()) / (len(chosen) - index)
@@ -271,15 +271,11 @@ def _searched(predictions: list[_Prediction], volumes: list[Volume], search: _Se
     by_voxels = "iou" if volumes[0].truth.dtype == np.bool_ else "combined"
     return TunedClass(
         measure="pq" if search.rules.by_quality else by_voxels,
-        crops=tuple(prediction.crop.key for prediction in predictions),
-        made_from=_identities(predictions),
-        base=search.base,
-        base_score=next(row["score"] for row in complete if row["base"]),
+        crops=tuple(prediction.crop.key for prediction in predictions), made_from=_identities(predictions),
+        base=search.base, base_score=next(row["score"] for row in complete if row["base"]),
         best=read(DecodeParameters, best["parameters"], f"trial {best['number']} of {search.name}"),
-        best_score=best["score"],
-        trials=rows,
-        networks=_networks(predictions),
-    )
+        best_score=best["score"], trials=rows, networks=_networks(predictions),
+    )  # fmt: skip
 
 
 def _optuna() -> Any:

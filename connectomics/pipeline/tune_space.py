@@ -107,14 +107,11 @@ class SearchSpace:
 
     def parameters(self, point: Mapping[str, Any], base: DecodeParameters) -> DecodeParameters:
         return replace(
-            base,
-            threshold=threshold_of(point["level"]),
-            min_size_nm3=self.sizes[point["size"]],
-            fill_holes=point["fill_holes"],
-            method=point["method"],
+            base, threshold=threshold_of(point["level"]), min_size_nm3=self.sizes[point["size"]],
+            fill_holes=point["fill_holes"], method=point["method"],
             min_distance_nm=self.reaches[point["reach"]] if "reach" in point else base.min_distance_nm,
             **{name: point[name] for name in _LIMITED.get(point["method"], ())},
-        )
+        )  # fmt: skip
 
 
 def pooled_scores(

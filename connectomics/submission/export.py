@@ -169,19 +169,11 @@ def export_submission(
         require_lead()
         path, kept = _put(made, work, target, findings)
     return ExportResult(
-        path=path,
-        is_zip=target.suffix == ".zip",
-        written=tuple(job.name for job in jobs),
-        missing=tuple(missing),
-        ignored=ignored,
-        partial={job.name: share for job in jobs if (share := job.coverage()) < 1.0},
-        resumed=resumed,
-        bytes=size,
-        seconds=time.monotonic() - start,
-        findings=tuple(findings),
-        kept=kept,
+        path=path, is_zip=target.suffix == ".zip", written=tuple(job.name for job in jobs), missing=tuple(missing),
+        ignored=ignored, partial={job.name: share for job in jobs if (share := job.coverage()) < 1.0},
+        resumed=resumed, bytes=size, seconds=time.monotonic() - start, findings=tuple(findings), kept=kept,
         untested=untested,
-    )
+    )  # fmt: skip
 
 
 def _table(

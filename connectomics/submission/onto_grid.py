@@ -18,7 +18,6 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -31,6 +30,7 @@ from connectomics.decoding.probabilities import largest_below
 from connectomics.errors import CorruptDataError, InputError
 from connectomics.geometry import Index, VoxelGrid, slices_of
 from connectomics.io import resample
+from connectomics.io.artifacts import portable
 from connectomics.submission.pack import CHUNK
 from connectomics.submission.sources import Source
 
@@ -71,7 +71,7 @@ class Job:
         }
         if self.source.form == "probability":
             made["threshold"] = self.threshold
-        return {"artefact": "submission", "from": self.source.form, "version": __version__, **_portable(made)}
+        return {"artefact": "submission", "from": self.source.form, "version": __version__, **portable(made)}
 
     def fingerprint(self) -> str:
         """Changes when anything that decides the array's bytes does."""
@@ -96,16 +96,6 @@ def blocks_of(job: Job) -> tuple[np.dtype[Any], Callable[[Index, VoxelGrid], NDA
         largest = len(numbers)
     dtype = np.min_scalar_type(largest)
     return dtype, lambda _, grid: _ids(source, grid, numbers, int(np.iinfo(dtype).max))
-
-
-def _portable(value: Any) -> Any:
-    """Attributes without ids of runs, and absolute paths cut to their last part: a submission is published, and the
-    same on every machine."""
-    if isinstance(value, dict):
-        return {key: _portable(inner) for key, inner in value.items() if key not in ("id", "made_from")}
-    if isinstance(value, list):
-        return [_portable(inner) for inner in value]
-    return PurePath(value).name if isinstance(value, str) and PurePath(value).is_absolute() else value
 
 
 def _read(source: Source, grid: VoxelGrid) -> tuple[NDArray[Any], VoxelGrid]:

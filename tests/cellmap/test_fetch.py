@@ -29,6 +29,7 @@ from tests.s3_server import FaultyProxy, FolderServer, MotoServer
 from tests.starter import Starter
 
 SIZE = (8.0, 8.0, 8.0)
+_MD5_OF_ABC = "900150983cd24fb0d6963f7d28e17f72"
 
 
 @pytest.fixture(scope="module")
@@ -121,9 +122,10 @@ def test_chunks_that_the_store_has_no_more_are_removed_as_they_would_be_read(pha
         own.parent.mkdir(parents=True, exist_ok=True)
         own.write_text("mine")
         left = Missing.below(here, plan_of(server, ["mito"]))
-        assert {place.relative_to(here).as_posix() for place in left.stale} == {labels, raw}
         array = labels.split("/s0/")[0] + "/s0"  # is not there while it holds a stale chunk
-        assert {file.path for files in left.items for file in files} == {f"{array}/.zarray", f"{array}/.zattrs"}
+        metadata = {f"{array}/.zarray", f"{array}/.zattrs"}
+        assert {place.relative_to(here).as_posix() for place in left.stale} == {labels, raw, *metadata}
+        assert {file.path for files in left.items for file in files} == metadata
         transfer(left, here, options)
         assert not (here / labels).exists()
         assert not (here / raw).exists()
@@ -135,7 +137,7 @@ def test_chunks_that_the_store_has_no_more_are_removed_as_they_would_be_read(pha
 def test_md5_sums_are_compared_where_the_store_gives_them(phantom: Path, tmp_path: Path) -> None:
     with MotoServer() as moto:
         moto.put("a/one", b"abc")
-        good = RemoteFile("a/one", 3, "900150983cd24fb0d6963f7d28e17f72", "a/one")
+        good = RemoteFile("a/one", 3, _MD5_OF_ABC, "a/one")
         plan = FetchPlan("s3://public", (FetchItem("a", (good,)),))
         transfer(Missing.below(tmp_path, plan), tmp_path, options_of(moto))
         (tmp_path / ".fetched.tsv").unlink()
@@ -194,6 +196,32 @@ def test_a_fetch_that_is_killed_goes_on(server: FolderServer, phantom: Path, tmp
         assert ended.status == 0, ended.said[-2000:]
     assert files_below(tmp_path / "b") == files_below(tmp_path / "a")
     assert not list((tmp_path / "b").rglob(".fetching-*"))
+
+
+def test_a_second_fetch_at_the_same_time_takes_nothing_away(server: FolderServer, tmp_path: Path) -> None:
+    """It has looked at the root while the first one was at work, and begins when that has ended: a training that reads
+    the crops meanwhile must find all labels."""
+    plan, options = plan_of(server), options_of(server)
+    chunks = tuple(tuple(f for f in item.files if not f.is_metadata)[:1] for item in plan.items)
+    transfer(Missing(plan, chunks), tmp_path, options)  # what the first one has so far
+    second = Missing.below(tmp_path, plan)
+    transfer(Missing.below(tmp_path, plan), tmp_path, options)
+    metadata = [tmp_path / file.path for item in plan.items for file in item.files if file.is_metadata]
+    lacking = set[Path]()
+    transfer(second, tmp_path, options, progress=lambda *_: lacking.update(p for p in metadata if not p.exists()))
+    assert not lacking
+    assert Missing.below(tmp_path, plan).number == 0
+
+
+def test_what_another_fetch_has_just_written_is_no_other_file(tmp_path: Path) -> None:
+    """Written since this one has looked, and not in the log yet."""
+    with MotoServer() as moto:
+        moto.put("a/one", b"abc")
+        plan = FetchPlan("s3://public", (FetchItem("a", (RemoteFile("a/one", 3, _MD5_OF_ABC, "a/one"),)),))
+        missing = Missing.below(tmp_path, plan)
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a/one").write_bytes(b"abc")
+        assert transfer(missing, tmp_path, options_of(moto)) == 1
 
 
 def test_what_killed_fetches_left_is_removed_by_any_later_one(tmp_path: Path) -> None:

@@ -93,6 +93,7 @@ def test_score_of_a_zip_and_of_the_labels_it_was_packed_from(
     assert "scoring: " in shown.err
     pytc("score", place / "labels", phantom / "truth.zarr", *table, "--out", tmp_path / "folder")
     a, b = (json.loads((tmp_path / name / "scores.json").read_text()) for name in ("zip", "folder"))
+    assert [a.pop("submission"), b.pop("submission")] == [str(packed), str(place / "labels")]
     assert a == b
     assert a["overall_score"] == a["submitted_only"]["overall_score"] > 0
     assert {r["class"] for r in rows(tmp_path / "zip/scores_per_class.csv")} == set(CLASSES)

@@ -232,8 +232,8 @@ def test_dry_run_and_resume_on_the_command_line(
     assert "of one worker" in shown
     assert not Path(out).exists()
     assert main([*command, "--resume"]) != 0
-    assert "there is nothing to resume" in capsys.readouterr().err
-    with pytest.raises(MissingError, match="there is nothing to resume"):
+    assert "nothing was begun below" in capsys.readouterr().err
+    with pytest.raises(MissingError, match="nothing was begun below"):
         predict(root, checkpoint, Path(out), config_of(root, crops=["crop2"]), resume=True)
     assert main(command) == 0
     assert main([*command, "--resume"]) == 0

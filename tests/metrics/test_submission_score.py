@@ -63,7 +63,7 @@ def submission(tmp_path: Path) -> Path:
 
 
 def plain_numbers(score: SubmissionScore) -> dict[str, Any]:
-    return {k: v for k, v in score.to_dict().items() if k != "warnings"}
+    return {k: v for k, v in score.to_dict().items() if k not in ("warnings", "submission")}
 
 
 # -- what is scored ----------------------------------------------------------------------------------------------------

@@ -215,10 +215,7 @@ def test_resume_only_goes_on(labels: Path, tmp_path: Path, capsys: pytest.Captur
     out = tmp_path / "out"
     words = [verb, str(labels), *(["--out"] if verb == "measure" else []), str(out), "--class", "mito"]
     assert main([*words, "--resume"]) == 1
-    assert (
-        f"--resume: no unfinished output of this command in {out}; leave --resume out to start"
-        in capsys.readouterr().err
-    )
+    assert f"--resume: nothing was begun below {out}; leave it out to begin" in capsys.readouterr().err
     assert not out.exists()
     task = (measure_tasks(labels, out, classes=["mito"]) if verb == "measure" else mesh_tasks(labels, out, "mito"))[0]
     task.claim()  # and killed then

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import tracemalloc
 from pathlib import Path
 
@@ -11,10 +12,12 @@ import numpy as np
 import pytest
 
 from connectomics.cli import main
+from connectomics.decoding.blocks.pieces import Pieces
+from connectomics.decoding.label_artifact import write_tables
 from connectomics.errors import InputError, MissingError, UnknownNameError, WriteError
 from connectomics.geometry import VoxelGrid
 from connectomics.io.multiscale import Multiscale
-from connectomics.io.write import update_attrs, write_multiscale
+from connectomics.io.write import ArrayWriter, update_attrs, write_multiscale
 from connectomics.morphology import Mesh, MeshTask, mesh_object
 from connectomics.morphology.mesh_surface import StoredObject
 from connectomics.pipeline.mesh import mesh_labels, mesh_tasks
@@ -245,6 +248,24 @@ def test_the_table_of_the_labels_says_where_objects_are(tmp_path: Path) -> None:
     table.write_text(",".join(["id", *edges]) + "\n7,-5000,0,0,9,9,9\n")
     with pytest.raises(InputError, match="of other labels"):
         mesh_labels(mesh_tasks(tmp_path / "labels", tmp_path / "out2", "mito"))
+
+
+def test_labels_that_were_changed_since_are_read_instead_of_their_table(tmp_path: Path) -> None:
+    """Proofread in place: an instance has grown beyond its box, and there is a new one."""
+    values = noise()
+    old = np.where(np.arange(values.shape[2]) < 9, values, 0)
+    source = stored(tmp_path / "labels", np.where(old == 7, old, 0))
+    table = Path(source.location) / "instances.csv"
+    write_tables(table.parent, Pieces.measured((old == 7).astype(np.uint64), 1, (0, 0, 0), values.shape), source.grid)
+    table.write_text(table.read_text().replace("\n1,", "\n7,"))
+    assert mesh_tasks(tmp_path / "labels", tmp_path / "out", "mito")[0].stages == ("meshes",)
+    ArrayWriter.open(Path(source.location) / "s0").write((0, 0, 0), values)
+    os.utime(table, (1e9, 1e9))  # older by more than the clock of the file system resolves
+    (task,) = mesh_tasks(tmp_path / "labels", tmp_path / "out", "mito")
+    mesh_labels([task])
+    assert {row["id"] for row in rows(task.folder / "meshes.csv")} == {"7", str(2**40)}
+    expected = mesh_object(Multiscale.open(source.location), 7, box_of(values, 7))
+    assert np.array_equal(read_ply(task.folder / "7.ply").faces, expected.faces)
 
 
 def test_a_semantic_class_is_one_object(tmp_path: Path) -> None:

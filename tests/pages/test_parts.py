@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from connectomics.cellmap.crop_table import CropTable, TableEntry
 from connectomics.config import load_config
 from connectomics.errors import MetadataError
 from connectomics.inference.artifact import save_cellmap_predictions
@@ -21,6 +22,9 @@ from connectomics.pages.report.library import Wanted
 from connectomics.pages.report.scores import Scores
 from connectomics.pipeline.decode import decode
 from connectomics.pipeline.evaluate import evaluate
+from connectomics.pipeline.export import export
+from connectomics.pipeline.report import report
+from connectomics.pipeline.score import score
 from tests.cellmap.roots import grid_of, write_label, write_raw
 
 from .conftest import Made
@@ -166,6 +170,31 @@ def test_scores_of_other_labels_than_those_shown_are_named(tmp_path: Path) -> No
     found = scores.evaluation_section(path, labels)
     assert f"of other labels than {labels} holds now, for 1 of 1 array (one/crop1/er); run" in found
     assert "other labels" not in scores.evaluation_section(path)
+
+
+def test_scores_of_another_submission_than_the_shown_labels_are_named(tmp_path: Path) -> None:
+    """Packed and scored, then decoded with another threshold. A submission has no IDs, but says how it was made."""
+    grid, table = grid_of((8, 8, 8)), CropTable((TableEntry(1, "one", "er", grid_of((8, 8, 8))),))
+    save_cellmap_predictions(np.full((1, 8, 8, 8), 0.6), tmp_path / "found/one.zarr/crop1", ["er"], grid)
+    labels, page = tmp_path / "labels", tmp_path / "report.html"
+    packed = [tmp_path / name for name in ("s.zip", "other.zip")]
+    decode(tmp_path / "found", out=labels, config=load_config(None))
+    export(labels, packed[0], crops=table)
+    export(labels, tmp_path / "truth", crops=table)
+    for number, source in enumerate((packed[0], labels)):
+        found = score(source, tmp_path / "truth", out=tmp_path / f"scores{number}")
+        assert found["submission"] == str(source)
+        for shown in ({"labels": labels}, {"submission": packed[0], "crop_table": table}):
+            assert "These scores are of" not in report(found, out=page, **shown).read_text()
+    other = load_config(None, "decoding.default={threshold: 0.7}")
+    decode(tmp_path / "found", out=labels, config=other, overwrite=True)
+    export(labels, packed[1], crops=table)
+    for number, scored in enumerate((packed[0], labels)):
+        path = tmp_path / f"scores{number}/scores.json"
+        for shown in ({"labels": labels}, {"submission": packed[1], "crop_table": table}):
+            place = next(iter(shown.values()))
+            note = f"These scores are of other labels ({scored}) than {place} holds now, for 1 of 1 array (crop1/er)"
+            assert note in report(out=page, scores=path, **shown).read_text()
 
 
 def test_a_class_of_one_crop_has_no_interval_in_an_evaluation(tmp_path: Path) -> None:

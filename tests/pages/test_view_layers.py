@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from connectomics.morphology.contacts import ContactSpec
 from connectomics.pages.view import ViewSources, VolumeServer, collect_layers, state_of, summary
 from connectomics.pages.view.class_maps import merged
 from connectomics.pipeline.measure import measure_labels, measure_tasks
+from connectomics.pipeline.mesh import mesh_labels, mesh_tasks
 from tests.cellmap.roots import grid_of, write_label, write_raw
 from tests.decoding.decode_kit import decode_predictions
 
@@ -234,6 +236,26 @@ def test_instances_have_what_the_tables_say(tmp_path: Path, table: str) -> None:
         with (tmp_path / "t/mito.csv").open() as file:
             rows = [row for row in csv.DictReader(file) if row["crop"] == "crop1"]
         assert columns["surface_nm2"]["values"] == pytest.approx([float(row["surface_nm2"]) for row in rows])
+
+
+def test_tables_and_meshes_of_other_labels_are_named(tmp_path: Path) -> None:
+    """Measured and meshed, then decoded again: instance 1 of the tables is not the one that is shown."""
+    values = np.zeros((1, *SHAPE), np.float32)
+    values[0, 2:5, 2:5, 2:5], values[0, 9:12, 5:9, 5:7] = 0.6, 0.9
+    save_cellmap_predictions(values, tmp_path / f"p/{DATASET}.zarr/crop1", ("mito",), grid_of(SHAPE))
+    sources = ViewSources(None, labels=tmp_path / "l", tables=tmp_path / "t", meshes=tmp_path / "m")
+    for threshold in (0.5, 0.7):
+        shutil.rmtree(tmp_path / "l", ignore_errors=True)
+        parameters = DecodeParameters(method="cc3d", threshold=threshold, min_size_nm3=0)
+        decode_predictions(tmp_path / "p", tmp_path / "l", {"mito": parameters})
+        if threshold == 0.5:
+            measure_labels(measure_tasks(tmp_path / "l", tmp_path / "t"))
+            mesh_labels(mesh_tasks(tmp_path / "l", tmp_path / "m", "mito", file_format="precomputed"))
+            assert collect_layers(sources).notes == []
+    now = f"is of other labels than {tmp_path / 'l'} holds now"
+    notes = [f"{DATASET}/crop1/mito: {tmp_path / 't'} {now}; run measure again"]
+    notes += [f"{DATASET}/crop1/mito: {tmp_path / 'm'} {now}; run mesh again"]
+    assert collect_layers(sources).notes == notes
 
 
 def test_a_part_of_a_file_is_served_from_its_end_too(tmp_path: Path) -> None:

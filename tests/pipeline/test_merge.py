@@ -268,6 +268,21 @@ def test_the_default_of_the_configuration_is_for_classes_without_tuned_parameter
     assert {name: choice.parameters.threshold for name, choice in found.items()} == {"mito": 0.75, "er": 0.25}
 
 
+def test_what_an_earlier_merge_left_is_not_packed(tmp_path: Path) -> None:
+    """A run is left out, and its class is in no other: it was packed all the same."""
+    first = predicted(tmp_path / "first", FINE, {"mito": ramp(FINE)})
+    second = predicted(tmp_path / "second", FINE, {"er": ramp(FINE)})
+    out = tmp_path / "s.zip"
+    merge([first, second], out=out, crops=TABLE)
+    with pytest.raises(WriteError, match="holds one/crop7/er of an earlier merge"):
+        merge([first], out=out, crops=TABLE)
+    packed = merge([first], out=out, crops=TABLE, overwrite=True).submission
+    assert packed is not None
+    assert set(zarr.open_group(zarr.storage.ZipStore(out), mode="r")["crop7"]) == {"mito"}
+    merge([first, second], out=out, crops=TABLE, classes=["er"])  # adds a class
+    assert stored(tmp_path / "s.merge/labels", "mito").any()
+
+
 def test_what_is_refused(two: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nothing to merge"):
         merge([], out=tmp_path / "x")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from connectomics.cellmap.crop_table import CropTable, TableEntry
 from connectomics.cli import main
 from connectomics.config import save_config
 from connectomics.config.schema import DataConfig, DatasetConfig, InferenceConfig, InputConfig, ModelConfig, RunConfig
+from connectomics.data.normalization import of_crops
 from connectomics.data.splits import Split
 from connectomics.errors import InputError, MissingError, UnknownNameError, WriteError
 from connectomics.geometry import VoxelGrid
@@ -21,8 +23,11 @@ from connectomics.inference.predict_task import PredictTask
 from connectomics.inference.trained_network import weights_hash
 from connectomics.io.artifacts import require_complete
 from connectomics.io.multiscale import Multiscale
+from connectomics.pipeline.decode import decode
+from connectomics.pipeline.evaluate import evaluate
 from connectomics.pipeline.predict import predict_cellmap_crops
 from connectomics.pipeline.targets import Target, chosen_targets, targets_of
+from connectomics.pipeline.tune import tune
 from tests.cellmap.roots import grid_of, write_label, write_raw
 
 
@@ -271,6 +276,21 @@ def test_raw_of_other_ranges(root, checkpoint, tmp_path):
     assert [low, high] == pytest.approx(np.percentile(raw, (0.5, 99.5)).tolist(), rel=0.02)
 
 
+def test_raw_that_was_fetched_at_coarser_voxels_is_named(root, checkpoint, tmp_path, caplog):
+    """Of a partial download, the coarser level was read at the network's voxels, and nobody was told."""
+    other = shutil.copytree(root, tmp_path / "root")
+    config = config_of(other, crops=["crop2"])
+    predict(other, checkpoint, tmp_path / "whole", config)
+    assert "not stored" not in caplog.text
+    shutil.rmtree(other / "set-a/set-a.zarr/recon-1/em/fibsem-uint8/s0")
+    predict(other, checkpoint, tmp_path / "coarse", config)
+    said = "set-a: its raw is read at 16 x 16 x 16 nm, coarser than 8 x 8 x 8 nm, since s0 is not stored"
+    assert said in caplog.text
+    caplog.clear()
+    of_crops(config, Catalog.open(str(other)).crops(["set-a"], ["crop2"]))
+    assert said in caplog.text
+
+
 def test_a_patch_larger_than_the_raw_is_padded(root, checkpoint, tmp_path):
     config = config_of(root, crops=["crop3"])
     config = replace(config, inference=replace(config.inference, window=[64, 64, 64]))
@@ -310,15 +330,36 @@ def test_bad_input_is_refused_before_anything_is_predicted(root, checkpoint, tmp
 
 
 def test_crops_that_a_network_was_trained_on_are_named(root, tmp_path, caplog):
-    """Without --crops all annotated crops are predicted: evaluated or tuned on, the training crops look too good."""
+    """Without --crops all annotated crops are predicted: evaluated or tuned on, the training crops look too good. The
+    labels know it, too, wherever the run is now."""
+    warning = "1 of 2 crops was used for training (set-a/crop1): do not evaluate or tune on training data"
     run = tmp_path / "run/checkpoints"
     run.mkdir(parents=True)
     place = save_checkpoint(run / "last.ckpt", config_of(root), 0)
     Split(("set-a/crop1:64,64,64:100,160,224",), ("set-a/crop2",)).save(tmp_path / "run/split.yaml")
-    targets, _ = chosen_targets(config_of(root), [place], None, None)
-    assert [target.name for target in targets] == ["crop1", "crop2"]
-    assert "1 of 2 crops was used for training (set-a/crop1): do not evaluate or tune on training data" in caplog.text
+    folders = predict(root, place, tmp_path / "out")
+    assert warning in caplog.text
+    shutil.rmtree(tmp_path / "run")
+    assert [require_complete(folder)["model"]["trained"] for folder in folders] == [True, False]
+    labels = decode(tmp_path / "out", out=tmp_path / "labels", config=config_of(root))
     caplog.clear()
-    chosen_targets(config_of(root), [place], None, "set-a:64,64,64:80,80,80")
-    chosen_targets(config_of(root), [tmp_path / "other.ckpt"], None, None)
+    evaluate(labels, root, samples=10)
+    assert warning in caplog.text
+    caplog.clear()
+    evaluate(labels, root, samples=10, crops=["2"])
     assert caplog.text == ""
+
+
+def test_a_part_of_a_crop_that_was_kept_out_is_not_named(root, tmp_path, caplog):
+    """The only volume is cut in two: its other part, which touches the grid of this one, was trained on."""
+    run = tmp_path / "run/checkpoints"
+    run.mkdir(parents=True)
+    place = save_checkpoint(run / "last.ckpt", config_of(root), 0)
+    parts = ["set-a/crop1:64,64,64:100,160,224", "set-a/crop1:100,64,64:160,160,224"]
+    Split((parts[0],), (parts[1],)).save(tmp_path / "run/split.yaml")
+    targets, _ = chosen_targets(config_of(root), [place], "val", None)
+    (folder,) = predict(root, place, tmp_path / "out", targets=targets)
+    with pytest.raises(MissingError, match="no annotated voxel"):
+        tune(tmp_path / "out", root, tmp_path / "tuned", classes=["er"])
+    assert "used for training" not in caplog.text
+    assert not require_complete(folder)["model"]["trained"]

@@ -14,12 +14,12 @@ from scipy import ndimage
 from connectomics.cli import main
 from connectomics.config import load_config
 from connectomics.config.values import plain
-from connectomics.data.splits import Split
 from connectomics.decoding.affinities.segment import affinities_of
 from connectomics.decoding.parameters import DecodeParameters, decode_parameters
 from connectomics.errors import InputError, MissingError, UnknownNameError, WriteError
+from connectomics.io.artifacts import about
 from connectomics.io.multiscale import Multiscale
-from connectomics.io.write import write_multiscale
+from connectomics.io.write import update_attrs, write_multiscale
 from connectomics.pipeline.evaluate import evaluate
 from connectomics.pipeline.tune import TunedClass, tune
 from connectomics.pipeline.tune_space import threshold_of
@@ -77,11 +77,9 @@ def tuned(made: Path) -> dict[str, TunedClass]:
 
 def test_crops_that_were_trained_on_are_named(made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     predictions = shutil.copytree(made / "predictions", tmp_path / "predictions")
-    (tmp_path / "run").mkdir()
-    Split(("set-a/crop1:0,0,0:8,8,8",), ("set-a/crop2",)).save(tmp_path / "run/split.yaml")
-    for crop in ("crop1", "crop2"):
-        task = {"kind": "predict", "checkpoints": [str(tmp_path / "run/checkpoints/best.ckpt")]}
-        (predictions / f"set-a.zarr/{crop}/task.json").write_text(json.dumps(task))
+    for number, crop in enumerate(("crop1", "crop2")):
+        array = predictions / f"set-a.zarr/{crop}/er"
+        update_attrs(array, {"connectomics": {**about(array), "model": {"trained": number == 0}}})
     tune(predictions, str(made / "root"), tmp_path / "tuned", classes=["er"])
     assert "1 of 2 crops was used for training (set-a/crop1)" in caplog.text
 

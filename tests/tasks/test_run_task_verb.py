@@ -53,7 +53,7 @@ def test_from_the_file_to_the_output_and_then_nothing_is_left(tmp_path: Path, su
 def test_resume_needs_something_to_go_on_with(tmp_path: Path) -> None:
     task = CubeTask(str(tmp_path / "out"), count=10, fail=(3,))
     task.save(tmp_path / "task.json")
-    assert "out was not started at" in str(pytc(tmp_path / "task.json", "--resume").exception)
+    assert "nothing was begun below" in str(pytc(tmp_path / "task.json", "--resume").exception)
     failed = pytc(tmp_path / "task.json")
     assert failed.exit_code != 0
     assert isinstance(failed.exception, BlocksFailedError)

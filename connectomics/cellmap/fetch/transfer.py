@@ -42,7 +42,8 @@ class Missing:
 
     Attributes:
         items: for each item of the plan, in its order, the missing objects.
-        stale: chunks below the root that were fetched, and that the store does not have any more.
+        stale: files to remove first: metadata of label arrays of which something is missing, and chunks that were
+            fetched and that the store does not have any more.
     """
 
     plan: FetchPlan
@@ -52,6 +53,9 @@ class Missing:
     @classmethod
     def below(cls, root: Path, plan: FetchPlan) -> Missing:
         """Compare with the root. Metadata of a label array is missing if a chunk of it is missing or stale."""
+        labels = (file for item in plan.items if item.whole for file in item.files)
+        # before the log is read: metadata that another fetch writes from now on is that of a whole array, and stays
+        closed = {file for file in labels if file.is_metadata and _place(file, root).exists()}
         known, (_, base) = _read_log(root), split_s3(plan.source)
         before = f"{base}/" if base else ""
         found, stale = list[tuple[RemoteFile, ...]](), list[Path]()
@@ -63,9 +67,11 @@ class Missing:
                 folders = {_place(file, root).parent for file in item.files if file.is_metadata}
                 others = (place for folder in folders for place in folder.rglob("*") if place not in there)
             gone = [p for p in others if before + p.relative_to(root).as_posix() in known and p.is_file()]
-            stale += gone
-            if item.whole and (lacking or gone):
-                lacking |= {file for file in item.files if file.is_metadata}
+            metadata = {file for file in item.files if file.is_metadata}
+            if item.whole and (gone or lacking - metadata):
+                lacking |= metadata
+                stale += [_place(file, root) for file in metadata & closed]
+            stale += gone  # after the metadata
             found.append(tuple(sorted(lacking)))
         return cls(plan, tuple(found), tuple(stale))
 
@@ -156,11 +162,6 @@ def transfer(
                 progress(done, missing.number, size, missing.size)
             return broken
 
-        for item, files in zip(missing.plan.items, missing.items, strict=True):
-            if item.whole:
-                for file in files:
-                    if file.is_metadata:
-                        _place(file, root).unlink(missing_ok=True)
         for place in missing.stale:
             place.unlink(missing_ok=True)
         every = [(number, file) for number, files in enumerate(missing.items) for file in files]
@@ -178,13 +179,15 @@ def transfer(
 def _refuse_foreign(missing: Missing, root: Path) -> None:
     """Raise `WriteError` if a file that was not fetched is in the place of an object.
 
-    Files in the log were fetched, even if they are damaged now or the store has a newer version. A file of the object's
-    size can come from a fetch that was killed before it wrote the log.
+    Files in the log were fetched, even if they are damaged now or the store has a newer version. A file that is the
+    object, or has its size if there is no sum, can come from a fetch that has not written the log yet, or was killed.
     """
     known = _read_log(root)
     for file in (file for files in missing.items for file in files):
         place = _place(file, root)
-        if file.key not in known and place.exists() and (_is_md5(file.etag) or place.stat().st_size != file.size):
+        if file.key in known or not place.exists() or _is_fetched(file, root, known):
+            continue
+        if _is_md5(file.etag) or place.stat().st_size != file.size:
             raise not_ours(place, "fetch")
 
 

@@ -224,13 +224,9 @@ class CachedCrop:
         raw = self._map("raw.npy")
         everywhere = self.files["inside.npy"].shape == (1, 1, 1) and raw.size != 1
         return CropArrays(
-            raw=raw,
-            raw_begin=self.raw_begin,
-            inside=None if everywhere else self._map("inside.npy"),
-            codes=self._map("codes.npy"),
-            codes_begin=(0, 0, 0),
-            states=self.states,
-        )
+            raw=raw, raw_begin=self.raw_begin, inside=None if everywhere else self._map("inside.npy"),
+            codes=self._map("codes.npy"), codes_begin=(0, 0, 0), states=self.states,
+        )  # fmt: skip
 
     def points_of(self, name: str) -> NDArray[np.float64]:
         """Return positions (n, 3), nm, of voxels where the class is present, in random order: uniform without

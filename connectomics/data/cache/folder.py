@@ -258,14 +258,10 @@ def _info(folder: Path, processes: int) -> EntryInfo:
     marker = folder / USED
     used = (marker if marker.exists() else folder).stat().st_mtime
     return EntryInfo(
-        folder=folder,
-        crop=data.get("crop"),
-        classes=len(data.get("classes", ())),
-        voxel_size=tuple(data.get("label_grid", {}).get("voxel_size", ())),
-        size=_size(folder),
-        used=used,
+        folder=folder, crop=data.get("crop"), classes=len(data.get("classes", ())),
+        voxel_size=tuple(data.get("label_grid", {}).get("voxel_size", ())), size=_size(folder), used=used,
         processes=processes,
-    )
+    )  # fmt: skip
 
 
 def _size(folder: Path) -> int:

@@ -24,19 +24,12 @@ def patch_options(cfg: RunConfig) -> PatchOptions:
     """Return the `PatchOptions` of a run."""
     data = cfg.data
     return PatchOptions(
-        seed=cfg.system.seed,
-        cache=cast('Literal["none", "memory", "disk"]', data.cache),
-        cache_dir=data.cache_dir,
-        cache_context=data.cache_context,
-        allow_missing_raw=data.allow_missing_raw,
-        min_known=data.min_known,
-        inputs=inputs_of(cfg),
-        chunk_cache_bytes=data.chunk_cache_mb << 20,
-        instances=instance_classes(cfg),
-        regions=data.sampling.get("hard", 0) > 0,
-        alternate_ties=data.label_ties == "alternate",
+        seed=cfg.system.seed, cache=cast('Literal["none", "memory", "disk"]', data.cache), cache_dir=data.cache_dir,
+        cache_context=data.cache_context, allow_missing_raw=data.allow_missing_raw, min_known=data.min_known,
+        inputs=inputs_of(cfg), chunk_cache_bytes=data.chunk_cache_mb << 20, instances=instance_classes(cfg),
+        regions=data.sampling.get("hard", 0) > 0, alternate_ties=data.label_ties == "alternate",
         soft_labels=data.soft_labels,
-    )
+    )  # fmt: skip
 
 
 def run_dataset(
@@ -91,13 +84,7 @@ def get_dataset(
     catalog = Catalog.open(cfg.dataset.data_root, StoreOptions(cache_bytes=options.chunk_cache_bytes))
     crops = catalog.crops(cfg.dataset.datasets, cfg.dataset.crops, cfg.dataset.classes)
     return kinds[cfg.dataset.name](
-        data_root=cfg.dataset.data_root,
-        datasets=cfg.dataset.datasets,
-        crops=cfg.dataset.crops,
-        classes=cfg.dataset.classes,
-        mode=mode,
-        patch_size=cfg.data.patch_size,
-        resolution=cfg.dataset.voxel_size,
-        augmentor=augmentor,
-        mode_kwargs=vars(replace(options, normalizations=normalizations(cfg, crops))),
-    )
+        data_root=cfg.dataset.data_root, datasets=cfg.dataset.datasets, crops=cfg.dataset.crops,
+        classes=cfg.dataset.classes, mode=mode, patch_size=cfg.data.patch_size, resolution=cfg.dataset.voxel_size,
+        augmentor=augmentor, mode_kwargs=vars(replace(options, normalizations=normalizations(cfg, crops))),
+    )  # fmt: skip

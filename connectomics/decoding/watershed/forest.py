@@ -161,13 +161,9 @@ def fragments(
     labels = labels.view(np.uint32) if root.dtype == np.int32 else labels.astype(np.uint32)
     worse, better = worse[kept], better[kept]
     edges = Edges(
-        number[ones[kept]],
-        number[twos[kept]],
-        _numbers(worse, shape, start, part.whole),
-        _numbers(better, shape, start, part.whole),
-        flat[worse],
-        flat[better],
-    )
+        number[ones[kept]], number[twos[kept]], _numbers(worse, shape, start, part.whole),
+        _numbers(better, shape, start, part.whole), flat[worse], flat[better],
+    )  # fmt: skip
     return Fragments(np.asarray(labels, np.uint32), len(trees), seeded[trees], edges, held[1:])
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from connectomics.errors import InputError, MetadataError
 from connectomics.geometry import Triple, VoxelGrid, slices_of
+from connectomics.io.artifacts import marks
 from connectomics.metrics.challenge.rules import Rules
 
 #: Attributes in which the official scorer looks for a grid, in this order; the last three entries count.
@@ -38,11 +39,13 @@ class Readable(Protocol):
 
 @dataclass(frozen=True)
 class Source:
-    """A submitted label: its array and its position (nm, z y x) as its attributes state it, None if they do not."""
+    """A submitted label: its array, its position (nm, z y x) as its attributes state it, None if they do not, and
+    `connectomics.io.artifacts.marks`."""
 
     array: Readable
     voxel_size: Triple | None
     translation: Triple | None
+    marks: Mapping[str, str] = field(default_factory=dict, compare=False)
 
 
 def source_of(array: Readable, attrs: Mapping[str, Any]) -> Source:
@@ -53,7 +56,7 @@ def source_of(array: Readable, attrs: Mapping[str, Any]) -> Source:
     size = _last_three(attrs, VOXEL_SIZE_NAMES, array.where)
     if size is not None and min(size) <= 0:
         raise MetadataError(f"{array.where}: voxel_size must be positive, got {list(size)}")
-    return Source(array, size, _last_three(attrs, TRANSLATION_NAMES, array.where))
+    return Source(array, size, _last_three(attrs, TRANSLATION_NAMES, array.where), marks(attrs.get("connectomics")))
 
 
 def _last_three(attrs: Mapping[str, Any], names: tuple[str, ...], where: str) -> Triple | None:

@@ -63,13 +63,9 @@ def directed(
         return cap
     start = reached * reached
     squared = _directed(
-        np.ascontiguousarray(a),
-        np.ascontiguousarray(b),
-        np.asarray(offset, dtype=np.int64),
-        np.asarray(voxel_size, dtype=np.float64),
-        start,
-        cap * cap,
-    )
+        np.ascontiguousarray(a), np.ascontiguousarray(b), np.asarray(offset, dtype=np.int64),
+        np.asarray(voxel_size, dtype=np.float64), start, cap * cap,
+    )  # fmt: skip
     return reached if squared == start else min(float(np.sqrt(squared)), cap)
 
 

@@ -134,7 +134,8 @@ def _entries(score: InstanceScore | SemanticScore, *names: str) -> dict[str, Any
 
 @dataclass(frozen=True)
 class LabelResult:
-    """The score of one class in one crop, with its place; ``by_quality`` as in `Rules`."""
+    """The score of one class in one crop, with its place; ``by_quality`` as in `Rules`, ``made_from``: marks of the
+    array (`connectomics.io.artifacts.marks`)."""
 
     crop: str
     class_name: str
@@ -144,6 +145,7 @@ class LabelResult:
     is_missing: bool = False
     dataset: str = ""
     by_quality: bool = False
+    made_from: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def by_rules(self, rules: Rules) -> LabelResult:
         """Return the same result by other rules; ``sums`` holds what differs."""
@@ -160,6 +162,7 @@ class LabelResult:
             "num_voxels": self.num_voxels,
             "voxel_size": list(self.voxel_size),
             "is_missing": self.is_missing,
+            **({"made_from": dict(self.made_from)} if self.made_from else {}),
         }
 
 
@@ -251,6 +254,7 @@ class SubmissionScore:
     verified: bool
     warnings: tuple[str, ...] = ()
     by_rules: Mapping[str, Totals] = field(default_factory=dict)
+    submission: str = field(default="", compare=False)
 
     @property
     def overall_score(self) -> float | None:
@@ -268,6 +272,7 @@ class SubmissionScore:
             "total_evals": self.total_evals,
             "num_evals_done": len(self.results),
             "submitted_only": self.submitted_only.to_dict(),
+            "submission": self.submission,
             "rules": self.rules,
             "verified": self.verified,
             "by_rules": moves({name: totals.overall for name, totals in self.by_rules.items()}, self.totals.overall),

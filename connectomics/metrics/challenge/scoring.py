@@ -274,19 +274,10 @@ def score_pair(
         mapped = version.mapped(np.concatenate([found.by(version), unmatched]), voxel_size, cap)
         sums[version.version] = float(np.sum(mapped))
     return InstanceScore(
-        tp,
-        fp,
-        int(overlaps.truth_ids.size) - tp,
-        sums[rules.version],
-        int(overlaps.truth_ids.size) + fp,
-        SCORED,
-        rules.version,
-        rules.verified,
-        pair.nan_voxels,
-        _panoptic(overlaps),
-        _table(pair, overlaps, matched, found.by(rules)),
-        sums,
-    )
+        tp, fp, int(overlaps.truth_ids.size) - tp, sums[rules.version], int(overlaps.truth_ids.size) + fp, SCORED,
+        rules.version, rules.verified, pair.nan_voxels, _panoptic(overlaps),
+        _table(pair, overlaps, matched, found.by(rules)), sums,
+    )  # fmt: skip
 
 
 def _panoptic(overlaps: Overlaps) -> Panoptic:

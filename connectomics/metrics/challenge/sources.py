@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from connectomics.errors import InputError, MetadataError, MissingError, unknown_name
 from connectomics.geometry import VoxelGrid
-from connectomics.io.artifacts import require_complete
+from connectomics.io.artifacts import marks, require_complete
 from connectomics.metrics.challenge.align import Readable, Source, source_of
 from connectomics.metrics.challenge.zarr_v2 import FolderStore, Store, ZarrArray, ZipStore, is_array
 
@@ -80,9 +80,8 @@ class PredictionFolder:
 
         location = self._folders[crop] / class_name
         image = Multiscale.open(str(location))
-        require_complete(location, "labels", foreign=True)
-        grid = image.levels[0].grid
-        return Source(_FinestLevel(image, str(location)), grid.voxel_size, grid.translation)
+        said, grid = require_complete(location, "labels", foreign=True), image.levels[0].grid
+        return Source(_FinestLevel(image, str(location)), grid.voxel_size, grid.translation, marks(said))
 
     def unseen(self, crop: str) -> list[str]:
         return []

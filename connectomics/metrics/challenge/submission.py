@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,15 +95,10 @@ def score_submission(
         source.close()
     kinds = [t.class_name for t in targets]
     return SubmissionScore(
-        tuple(results),
-        pool(results, rules, kinds),
-        pool([r for r in results if not r.is_missing], rules, kinds),
-        len(targets),
-        rules.version,
-        rules.verified,
-        tuple(warnings),
-        {r.version: pool([result.by_rules(r) for result in results], r, kinds) for r in others},
-    )
+        tuple(results), pool(results, rules, kinds), pool([r for r in results if not r.is_missing], rules, kinds),
+        len(targets), rules.version, rules.verified, tuple(warnings),
+        {r.version: pool([result.by_rules(r) for result in results], r, kinds) for r in others}, str(submission),
+    )  # fmt: skip
 
 
 class _Scorer:
@@ -135,12 +130,14 @@ class _Scorer:
         missing = target.class_name not in self._classes.get(target.crop, ())
         truth: Readable = target.truth
         score: InstanceScore | SemanticScore
+        made_from: Mapping[str, str] = {}
         if missing:
             slabs = (truth.read(*slab) for slab in _slabs(target.grid))
             ids = _count_ids(slabs) if is_instance else int(any((slab > 0).any() for slab in slabs))
             score = missing_score(self._rules, is_instance, ids, target.grid.size)
         else:
             label = self._source.label(self._folders[target.crop], target.class_name)
+            made_from = label.marks
             aligned = Aligned(label, target.grid, is_instance, self._rules)
             if aligned.resample_bytes > 2 * self._memory:
                 raise InputError(
@@ -152,15 +149,9 @@ class _Scorer:
                 pred, truth = Masked(pred, target.mask), Masked(truth, target.mask)
             score = (self._instance if is_instance else self._semantic)(pred, truth, target, aligned.resample_bytes)
         return LabelResult(
-            target.crop,
-            target.class_name,
-            score,
-            target.grid.size,
-            target.grid.voxel_size,
-            missing,
-            target.dataset,
-            self._rules.by_quality,
-        )
+            target.crop, target.class_name, score, target.grid.size, target.grid.voxel_size, missing, target.dataset,
+            self._rules.by_quality, made_from,
+        )  # fmt: skip
 
     def _instance(self, pred: Readable, truth: Readable, target: Target, resampling: int) -> InstanceScore:
         # Both volumes, the components and cc3d's tables, and the scratch of the distances.

@@ -54,6 +54,7 @@ def build_report(
     library, wanted = Library.open(sources), list[Wanted]()
     try:
         with suppress(ConnectomicsError):  # the section on crops reports it
+            problems += scores.other_labels(table, sources.labels or sources.submission, library.marks())
             wanted = library.wanted()
         expected = 1 + len({(one.dataset, one.crop) for one in wanted}) + min(len(wanted), options.max_pictures)
         done = itertools.count(1)

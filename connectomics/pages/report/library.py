@@ -14,6 +14,7 @@ from connectomics.decoding.prediction import find_arrays
 from connectomics.errors import ConnectomicsError, MetadataError
 from connectomics.geometry import VoxelGrid
 from connectomics.io import store
+from connectomics.io.artifacts import marks
 from connectomics.io.multiscale import Multiscale, PlainArray
 from connectomics.metrics.challenge.zarr_v2 import FolderStore, Store, ZipStore
 from connectomics.pages.report.sources import ReportSources
@@ -96,6 +97,14 @@ class Library:
             if folder is not None and folder.is_dir():
                 return list(find_arrays(folder))
         return []
+
+    def marks(self) -> dict[tuple[str, str], dict[str, str]]:
+        """Return what identifies each array of the labels, or of the submission, by crop and class."""
+        if self.archive is None:
+            return {(crop, name): marks(about) for _, crop, name, about in _attributes(self.sources.labels)}
+        names = [(crop, name) for crop in self.archive.folders() for name in self.archive.folders(crop)]
+        attrs = {key: self.archive.json(f"{'/'.join(key)}/.zattrs") or {} for key in names}
+        return {key: marks(found.get("connectomics")) for key, found in attrs.items()}
 
     def item(self, wanted: Wanted) -> Item:
         """Open one class of a crop; raise a `ConnectomicsError` if nothing of it can be shown."""

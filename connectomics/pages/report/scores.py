@@ -12,7 +12,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from connectomics.errors import MetadataError, MissingError, number_of
+from connectomics.errors import MetadataError, MissingError, first_of, number_of
 from connectomics.geometry import triple
 from connectomics.io import store
 from connectomics.io.artifacts import about
@@ -52,6 +52,7 @@ class Scores:
     rules: str
     verified: bool
     warnings: tuple[str, ...]
+    submission: str
 
     @classmethod
     def load(cls, path: Path) -> Scores:
@@ -66,16 +67,13 @@ class Scores:
                 for name, entry in entries.items()
             )
             return cls(
-                overall=optional(data["overall_score"]),
-                instance=optional(data["overall_instance_score"]),
+                overall=optional(data["overall_score"]), instance=optional(data["overall_instance_score"]),
                 semantic=optional(data["overall_semantic_score"]),
                 submitted=optional((data.get("submitted_only") or {}).get("overall_score")),
-                classes=data["label_scores"],
-                results=results,
-                rules=str(data.get("rules", "unknown")),
-                verified=bool(data.get("verified", False)),
-                warnings=tuple(str(w) for w in data.get("warnings", ())),
-            )
+                classes=data["label_scores"], results=results, rules=str(data.get("rules", "unknown")),
+                verified=bool(data.get("verified", False)), warnings=tuple(str(w) for w in data.get("warnings", ())),
+                submission=str(data.get("submission", "")),
+            )  # fmt: skip
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise MetadataError(
@@ -144,7 +142,8 @@ def _result(crop: str, name: str, entry: Mapping[str, Any], by_quality: bool) ->
         annotated = bool(entry.get("panoptic", {}).get("fn", 1))
         score = SemanticScore(*counts, status=str(entry["status"]), annotated=annotated)
     voxels, size, missing = int(entry["num_voxels"]), triple(entry["voxel_size"]), bool(entry["is_missing"])
-    return LabelResult(crop, name, score, voxels, size, missing, by_quality=by_quality)
+    made_from = dict(entry.get("made_from", {}))
+    return LabelResult(crop, name, score, voxels, size, missing, by_quality=by_quality, made_from=made_from)
 
 
 def optional(value: Any) -> float | None:
@@ -252,13 +251,27 @@ def evaluation_section(path: Path, labels: Path | None = None) -> Markup:
     )  # fmt: skip
     scored = data.get("made_from", {}) if labels is not None else {}
     others = [key for key, before in scored.items() if _label_id(labels, key) != before]
-    if not others:
-        return body
-    arrays = f"{number_of(len(scored), 'array')} ({', '.join(others[:3])}{', ...' if len(others) > 3 else ''})"
-    note = (
-        f"These scores are of other labels than {labels} holds now, for {len(others)} of {arrays}; run evaluate again."
-    )
-    return page.note(note) + body
+    return page.note(*_other_labels("", labels, others, len(scored), "evaluate")) + body if others else body
+
+
+def other_labels(
+    scores: Scores | None, place: Path | None, shown: Mapping[tuple[str, str], Mapping[str, str]]
+) -> list[str]:
+    """Return a line if scores are of other labels than ``place`` holds (marks by crop and class)."""
+    scored = [result for result in (scores.results if scores else ()) if result.made_from]
+    both = [(result, shown.get((result.crop, result.class_name), {})) for result in scored]
+    others = [
+        f"{result.crop}/{result.class_name}" for result, now in both
+        if any(now.get(name, mark) != mark for name, mark in result.made_from.items())
+    ]  # fmt: skip
+    return _other_labels(f" ({scores.submission})", place, others, len(both), "score") if scores and others else []
+
+
+def _other_labels(scored: str, place: Path | None, others: Sequence[str], number: int, verb: str) -> list[str]:
+    return [
+        f"These scores are of other labels{scored} than {place} holds now, for {len(others)} of "
+        f"{number_of(number, 'array')} ({first_of(others, 3)}); run {verb} again."
+    ]
 
 
 def _label_id(labels: Path | None, key: str) -> str:

@@ -25,7 +25,9 @@ from connectomics.geometry import Box, VoxelGrid
 from connectomics.io import store
 from connectomics.io.metadata import names_levels
 from connectomics.io.multiscale import Multiscale
+from connectomics.io.place import TASK_FILE
 from connectomics.io.store import is_s3
+from connectomics.morphology.label_volume import LabelVolume as Measured
 from connectomics.pages.colors import CLASS_COLORS, KNOWN_COLOR
 from connectomics.pages.view import segment_properties
 from connectomics.pages.view.class_maps import class_numbers, in_bytes, known_share, result_map, truth_map
@@ -369,7 +371,20 @@ def _of_instances(found: Layers, item: _Stored, sources: ViewSources) -> tuple[s
     if sources.meshes is not None and sources.meshes.joinpath(*place, "info").exists():
         found.roots["meshes"] = sources.meshes
         more.append("/".join(("files/meshes", *place)))
+    if more and (sources.tables or sources.meshes):
+        _name_others(found, item, sources, "/".join(place))
     return tuple(more)
+
+
+def _name_others(found: Layers, item: _Stored, sources: ViewSources, name: str) -> None:
+    """Note tables and meshes that were made from other labels of a class than those that are shown."""
+    shown = Measured.open(found.dataset, item.crop, str(item.path)).stamp
+    summaries = sources.tables.glob("*.summary.json") if sources.tables else ()
+    marks = [("measure", sources.tables, (store.read_json(file) or {}).get("made_from", {})) for file in summaries]
+    task = store.read_json(sources.meshes / name / TASK_FILE) if sources.meshes else None
+    marks.append(("mesh", sources.meshes, {name: (task or {}).get("artifact", {}).get("made_from", {}).get("labels")}))
+    for verb, folder in dict.fromkeys((v, f) for v, f, made in marks if made.get(name) not in (None, shown)):
+        found.notes.append(f"{name}: {folder} is of other labels than {sources.labels} holds now; run {verb} again")
 
 
 def _chosen(
