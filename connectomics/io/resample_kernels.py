@@ -51,7 +51,9 @@ def weighted_sums(
             if first:  # no source row: outside the block
                 line[:] = 0
             elif copied:
-                line[:] = row[x_low:x_high]
+                summed = row[x_low:x_high]
+                for v in range(len(line)):  # numba compiles a slice assignment, with its message, for seconds
+                    line[v] = summed[v]
             else:
                 for v in range(len(line)):
                     total = np.float32(0)

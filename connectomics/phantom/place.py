@@ -345,7 +345,8 @@ class _Occupancy:
         while self._count + len(spheres) > len(there):
             there = np.concatenate([there, np.empty_like(there)])
             self._taken = (last, there, origin, edge)
-        _insert(self._taken, spheres, group, self._count)
+        there[self._count : self._count + len(spheres), :5] = np.insert(spheres, 4, group, axis=1)
+        _insert(self._taken, spheres, self._count)
         self._count += len(spheres)
         self._largest = max(self._largest, float(spheres[:, 3].max(initial=0.0)))
 
@@ -373,12 +374,11 @@ def _cell(taken: _Taken, sphere: Floats, reach: float) -> NDArray[np.int64]:
 
 
 @njit(cache=True, nogil=True)
-def _insert(taken: _Taken, spheres: Floats, group: int, count: int) -> None:
+def _insert(taken: _Taken, spheres: Floats, count: int) -> None:
     last, there = taken[0], taken[1]
     for i in range(len(spheres)):
         z, y, x = _cell(taken, spheres[i], 0.0)
-        there[count + i, :4], there[count + i, 4], there[count + i, 5] = spheres[i], group, last[z, y, x]
-        last[z, y, x] = count + i
+        there[count + i, 5], last[z, y, x] = last[z, y, x], count + i
 
 
 @njit(cache=True, nogil=True)

@@ -218,31 +218,27 @@ def _bend(axes: Axes, seed: int) -> tuple[Floats, Floats]:
 
 @njit(cache=True, nogil=True)
 def _nearest_objects(
-    axes: Axes, q: Floats, span: Floats, things: Things, bounds: Floats, nearest: Floats, owner: NDArray[np.int32]
+    window: NDArray[np.int64], q: Floats, span: Floats, things: Things, nearest: Floats, owner: NDArray[np.int32]
 ) -> None:
     """Set the distance (nm) to the nearest primitive within its margin of a voxel, and the primitive's index.
 
-    ``span`` is that of `_bend`, ``bounds`` are boxes (begin, end) of the primitives with their margin.
+    ``span`` is that of `_bend`; ``window`` (2, 3, n): begin and end of the voxels that a primitive may be near.
     Skipping primitives far from the block changes nothing: the result at a voxel depends on its position alone.
     """
     table, parameters = things
-    z, y, x = 0.5 * (span[:, 0] + span[:, 1])
+    z, y, x = 0.5 * (span[0, 0] + span[0, 1]), 0.5 * (span[1, 0] + span[1, 1]), 0.5 * (span[2, 0] + span[2, 1])
     reach = _SPHEROID_SLACK * _half_diagonal(span)
-    begin, end = np.empty(3, np.int64), np.empty(3, np.int64)
     for i in range(len(table)):
         row, form = parameters[i], table[i, 0]
         margin = BOWL_MARGIN if form == BOWL else MARGIN
         apart = False
         for axis in range(3):
-            apart |= bounds[i, axis] > span[axis, 1] or bounds[i, axis + 3] < span[axis, 0]
+            apart |= window[0, axis, i] >= window[1, axis, i]
         if apart or distance(form, row, z, y, x) > reach + margin:
             continue
-        for axis in range(3):
-            begin[axis] = np.searchsorted(axes[axis], bounds[i, axis] - span[axis, 3], side="left")
-            end[axis] = np.searchsorted(axes[axis], bounds[i, axis + 3] - span[axis, 2], side="right")
-        for a in range(begin[0], end[0]):
-            for b in range(begin[1], end[1]):
-                for c in range(begin[2], end[2]):
+        for a in range(window[0, 0, i], window[1, 0, i]):
+            for b in range(window[0, 1, i], window[1, 1, i]):
+                for c in range(window[0, 2, i], window[1, 2, i]):
                     d = distance(form, row, q[0, a, b, c], q[1, a, b, c], q[2, a, b, c])
                     if d < margin and d < nearest[a, b, c]:
                         nearest[a, b, c] = d
@@ -251,7 +247,10 @@ def _nearest_objects(
 
 @njit(cache=True, nogil=True)
 def _half_diagonal(span: Floats) -> float:
-    return 0.5 * np.sqrt(np.sum((span[:, 1] - span[:, 0]) ** 2))
+    square = 0.0
+    for axis in range(3):
+        square += (span[axis, 1] - span[axis, 0]) * (span[axis, 1] - span[axis, 0])
+    return 0.5 * np.sqrt(square)
 
 
 @njit(cache=True, nogil=True)
@@ -332,7 +331,9 @@ def render_block(
     q, span = _bend(axes, seed)
     nearest, owner = np.full(size, _FAR), np.full(size, -1, np.int32)
     things = (objects.table, objects.parameters)
-    _nearest_objects(axes, q, span, things, objects.bounds, nearest, owner)
+    first = np.stack([np.searchsorted(at, objects.bounds[:, a] - span[a, 3]) for a, at in enumerate(axes)])
+    last = np.stack([np.searchsorted(at, objects.bounds[:, a + 3] - span[a, 2], "right") for a, at in enumerate(axes)])
+    _nearest_objects(np.stack([first, last]), q, span, things, nearest, owner)
     z, y, x = 0.5 * (span[:, 0] + span[:, 1])
     half = _half_diagonal(span)
     near_nucleus = bool(distance(BALL, objects.nucleus, z, y, x) < _SPHEROID_SLACK * half + 10.0)

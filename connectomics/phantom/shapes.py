@@ -84,22 +84,15 @@ def body_distances(cell: Floats, nucleus: Floats, points: Floats) -> tuple[Float
     return to_cell, to_nucleus
 
 
-@njit(cache=True, nogil=True)
 def bounds(table: NDArray[np.int64], parameters: Floats, margin: float, bowl_margin: float) -> Floats:
     """Boxes (begin, end; nm, z y x) that hold each shape and a margin around it, (n, 6)."""
-    boxes = np.empty((len(table), 6))
-    for i, p in enumerate(parameters):
-        shape, begin, end = table[i, 0], p[0:3], p[0:3]
-        if shape == TUBE:
-            end = p[3:6]
-        elif shape == BOWL:
-            begin = end = p[0:3] + p[3:6] * p[6] * (1 + p[7]) / 2  # the middle of the cap's height
-        if shape == BOWL:
-            r = np.hypot(p[6] * p[8], p[6] * (1 - p[7]) / 2) + max(p[9], p[10]) + bowl_margin
-        else:
-            r = (np.hypot(p[6], p[7]) if shape == DISC else max(p[6], p[7])) + margin
-        boxes[i, 0:3], boxes[i, 3:6] = np.minimum(begin, end) - r, np.maximum(begin, end) + r
-    return boxes
+    shape, p = table[:, :1], parameters
+    bowl, a, b = shape == BOWL, p[:, 6:7], p[:, 7:8]
+    begin = np.where(bowl, p[:, 0:3] + p[:, 3:6] * a * (1 + b) / 2, p[:, 0:3])  # of a bowl the middle of its height
+    end = np.where(shape == TUBE, p[:, 3:6], begin)
+    wide = np.hypot(a * p[:, 8:9], a * (1 - b) / 2) + np.maximum(p[:, 9:10], p[:, 10:11]) + bowl_margin
+    r = np.where(bowl, wide, np.where(shape == DISC, np.hypot(a, b), np.maximum(a, b)) + margin)
+    return np.hstack([np.minimum(begin, end) - r, np.maximum(begin, end) + r])
 
 
 def unit(vector: Floats) -> Floats:

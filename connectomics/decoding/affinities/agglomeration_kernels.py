@@ -63,9 +63,20 @@ def strongest_links(values: Array, nodes: Ints32, offsets: Ints, low: int, numbe
 @numba.njit(cache=True, nogil=True)
 def _grown(table: Keys, edge: Ints32) -> Any:
     """Table and edges with room again, and how many they hold: pairs whose edge is -1 are left out."""
-    live = (table != pair_table.EMPTY) & (edge >= 0)
-    larger = pair_table.enlarged(table, live)
-    return larger, pair_table.moved(edge, table, live, larger), np.sum(live)
+    live = np.zeros(len(table), np.bool_)
+    for at in range(len(table)):
+        live[at] = table[at] != pair_table.EMPTY and edge[at] >= 0
+    larger, used = pair_table.enlarged(table, live)
+    return larger, pair_table.moved(edge, table, live, larger), used
+
+
+@numba.njit(cache=True, nogil=True)
+def _longer(ends: Ints32, sums: Ints, counts: Ints) -> Any:
+    m = len(sums)
+    more, more_sums, more_counts = np.empty((2 * m, 2), np.int32), np.empty(2 * m, np.int64), np.empty(2 * m, np.int64)
+    for i in range(m):
+        more[i, 0], more[i, 1], more_sums[i], more_counts[i] = ends[i, 0], ends[i, 1], sums[i], counts[i]
+    return more, more_sums, more_counts
 
 
 @numba.njit(cache=True, nogil=True)
@@ -95,11 +106,7 @@ def region_graph(values: Array, labels: Ints32, offsets: Ints) -> Any:
                     slot = pair_table.slot_of(table, key)
                     if table[slot] != key:
                         if m == len(sums):
-                            more = np.empty((2 * m, 2), np.int32)
-                            more[:m] = ends
-                            ends = more
-                            sums = np.concatenate((sums, np.empty(m, np.int64)))
-                            counts = np.concatenate((counts, np.empty(m, np.int64)))
+                            ends, sums, counts = _longer(ends, sums, counts)
                         ends[m, 0], ends[m, 1] = a, b
                         sums[m] = 0
                         counts[m] = 0

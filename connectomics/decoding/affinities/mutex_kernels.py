@@ -64,14 +64,14 @@ def _live(table: Keys, parent: Ints32) -> Any:
 @numba.njit(cache=True, nogil=True)
 def _grown(table: Keys, parent: Ints32) -> Any:
     """A table with room again, and how many it holds: pairs of what are no clusters any more are left out."""
-    live = _live(table, parent)
-    return pair_table.enlarged(table, live), np.sum(live)
+    return pair_table.enlarged(table, _live(table, parent))
 
 
 @numba.njit(cache=True, nogil=True)
 def _longer(values: Ints32) -> Any:
     longer = np.empty(2 * len(values), np.int32)
-    longer[: len(values)] = values
+    for i in range(len(values)):  # numba compiles ten times as long for the assignment of a slice
+        longer[i] = values[i]
     return longer
 
 
@@ -177,10 +177,6 @@ def number_trees(parent: Ints32, numbers: Ints32) -> int:
     return n
 
 
-@numba.njit(cache=True, nogil=True)
 def roots_apart(table: Keys, parent: Ints32) -> Ints:
     """(m, 2) the pairs of `cluster`'s table that are still pairs of roots, in the order of their numbers."""
-    keys = np.sort(table[_live(table, parent)])
-    pairs = np.empty((len(keys), 2), np.int64)
-    pairs[:, 0], pairs[:, 1] = pair_table.nodes_of(keys)
-    return pairs
+    return np.stack(pair_table.filled(np.sort(table[_live(table, parent)])), axis=1)

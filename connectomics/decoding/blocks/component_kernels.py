@@ -146,7 +146,8 @@ def gather(
         k = trees[i]
         if sizes[k] == 0:
             first[k] = piece_first[i]
-            boxes[k] = piece_boxes[i]
+            for axis in range(6):
+                boxes[k, axis] = piece_boxes[i, axis]
         else:
             first[k] = min(first[k], piece_first[i])
             for axis in range(3):

@@ -20,10 +20,11 @@ def pair_key(a: Any, b: Any) -> Any:
     return (np.uint64(low) << SHIFT) | np.uint64(high)
 
 
-@numba.njit(cache=True, nogil=True)
-def nodes_of(keys: Keys) -> Any:
-    """The first and the second node of each key, int64."""
-    return (keys >> SHIFT).astype(np.int64), (keys & LOW).astype(np.int64)
+def filled(table: Keys, *values: Array) -> list[Any]:
+    """The first and the second node of each key in a table (int64), and the values beside the keys."""
+    chosen = np.flatnonzero(table != EMPTY)
+    keys = table[chosen]
+    return [(keys >> SHIFT).astype(np.int64), (keys & LOW).astype(np.int64), *(v[chosen] for v in values)]
 
 
 @numba.njit(cache=True, nogil=True)
@@ -44,22 +45,24 @@ def slot_of(table: Keys, key: Any) -> Any:
 
 
 @numba.njit(cache=True, nogil=True)
-def enlarged(table: Keys, kept: Flags) -> Keys:
-    """A table of the ``kept`` places of another one, at most a quarter full."""
-    size, live = len(table), np.sum(kept)
+def enlarged(table: Keys, kept: Flags) -> Any:
+    """A table of the ``kept`` places of another one, at most a quarter full, and how many there are."""
+    size, live = len(table), 0
+    for at in range(size):
+        live += kept[at]
     while size < 4 * live:
         size *= 2
     larger = np.full(size, EMPTY, np.uint64)
     for at in range(len(table)):
         if kept[at]:
             larger[slot_of(larger, table[at])] = table[at]
-    return larger
+    return larger, live
 
 
 @numba.njit(cache=True, nogil=True)
 def moved(values: Array, table: Keys, kept: Flags, larger: Keys) -> Array:
     """The values beside the keys of a table, beside those of its `enlarged` one."""
-    found = np.empty((len(larger),) + values.shape[1:], values.dtype)  # noqa: RUF005 (numba adds tuples)
+    found = np.empty(len(larger), values.dtype)
     for at in range(len(table)):
         if kept[at]:
             found[slot_of(larger, table[at])] = values[at]

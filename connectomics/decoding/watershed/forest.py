@@ -109,6 +109,7 @@ def fragments(
         cores: labels (0 none) of ``part.grown()``, each a seed; instead of ``radius``, and without a floor.
         floor: edges between voxels that are no higher join anything, also seeds.
     """
+    from connectomics.decoding.blocks import pair_table
     from connectomics.decoding.watershed import forest_kernels as kernels
 
     shape = np.asarray(height.shape, np.int64)
@@ -137,8 +138,8 @@ def fragments(
         kernels.peaks(flat, shape, steps, np.asarray(radius, np.int64), lowest[inside], OUTSIDE, found)
         seeded[1 + inside[found]] = True
     out_worse, out_better = np.zeros(n + 1, np.int64), np.zeros(n + 1, np.int64)
-    ones, twos, worse, better = kernels.basin_edges(
-        flat, root, shape, offsets, low, high, OUTSIDE, out_worse, out_better
+    ones, twos, worse, better = pair_table.filled(
+        *kernels.basin_edges(flat, root, shape, offsets, low, high, OUTSIDE, out_worse, out_better)
     )
     leaving = np.flatnonzero(out_worse)  # basins with an edge to beyond the part, which ranks among the others
     all_worse, all_better = np.concatenate((worse, out_worse[leaving])), np.concatenate((better, out_better[leaving]))

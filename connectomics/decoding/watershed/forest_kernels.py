@@ -12,7 +12,7 @@ import numba
 import numpy as np
 
 from connectomics.decoding.blocks import pair_table
-from connectomics.decoding.blocks.component_kernels import Array, Flags, Ints, Ints32, Labels, root_of
+from connectomics.decoding.blocks.component_kernels import Array, Flags, Ints, Ints32, Keys, Labels, root_of
 
 
 @numba.njit(cache=True, nogil=True)
@@ -170,14 +170,14 @@ def basin_edges(
     outside: int,
     out_worse: Ints,
     out_better: Ints,
-) -> tuple[Ints, Ints, Ints, Ints]:
+) -> tuple[Keys, Ints, Ints]:
     """The first edge between every two basins that touch in the box from ``low`` to ``high`` (without).
 
     Args:
         out_worse, out_better: (n + 1,) zeros; take the first edge of every basin to a voxel beyond the box.
 
     Returns:
-        The two basins, the worse and the better voxel of each edge (m,).
+        A table of the pairs of basins (`pair_table.filled`), the worse and the better voxel of each edge.
     """
     _, rows, columns = shape
     keys = np.full(1 << 12, pair_table.EMPTY, np.uint64)
@@ -225,13 +225,11 @@ def basin_edges(
                         worse[at], better[at] = v, lowest[i]
                 if 2 * count > len(keys):
                     kept = keys != pair_table.EMPTY
-                    larger = pair_table.enlarged(keys, kept)
+                    larger, _ = pair_table.enlarged(keys, kept)
                     worse = pair_table.moved(worse, keys, kept, larger)
                     better = pair_table.moved(better, keys, kept, larger)
                     keys = larger
-    chosen = np.flatnonzero(keys != pair_table.EMPTY)
-    ones, twos = pair_table.nodes_of(keys[chosen])
-    return ones, twos, worse[chosen], better[chosen]
+    return keys, worse, better
 
 
 # -- joining them ------------------------------------------------------------------------------------------------------
@@ -313,7 +311,7 @@ def rename(values: Array, table: Ints) -> None:
 @numba.njit(cache=True, nogil=True)
 def border_edges(
     low: Labels, high: Labels, low_height: Ints32, high_height: Ints32, low_number: Ints, high_number: Ints, reach: int
-) -> tuple[Ints, Ints, Ints, Ints, Ints32, Ints32]:
+) -> tuple[Keys, Ints, Ints, Ints32, Ints32]:
     """The first edge between every two labels that touch across a border between blocks.
 
     Args:
@@ -321,11 +319,12 @@ def border_edges(
         reach: largest sum of the steps along both axes between voxels that are neighbors.
 
     Returns:
-        The labels on both sides, the number of the worse and of the better voxel, their heights; each (m,).
+        A table of the pairs of labels (`pair_table.filled`), and for each the number of the worse and of the better
+        voxel, and their heights.
     """
     keys = np.full(1 << 10, pair_table.EMPTY, np.uint64)
-    numbers = np.empty((1 << 10, 2), np.int64)
-    levels = np.empty((1 << 10, 2), np.int32)
+    worst, best = np.empty(1 << 10, np.int64), np.empty(1 << 10, np.int64)
+    worst_height, best_height = np.empty(1 << 10, np.int32), np.empty(1 << 10, np.int32)
     count = 0
     rows, columns = low.shape
     side = min(reach, 1)
@@ -345,30 +344,19 @@ def border_edges(
                         worse, better, worse_height, better_height = here, there, h, g
                     key = (np.uint64(low[y, x]) << pair_table.SHIFT) | np.uint64(high[v, u])
                     at = pair_table.slot_of(keys, key)
+                    stored = (worst_height[at], worst[at], best_height[at], best[at])
                     if keys[at] == pair_table.EMPTY:
                         keys[at] = key
                         count += 1
-                    elif not (
-                        worse_height < levels[at, 0]
-                        or (worse_height == levels[at, 0] and worse < numbers[at, 0])
-                        or (
-                            worse == numbers[at, 0]
-                            and (
-                                better_height < levels[at, 1]
-                                or (better_height == levels[at, 1] and better < numbers[at, 1])
-                            )
-                        )
-                    ):
+                    elif (worse_height, worse, better_height, better) >= stored:
                         continue
-                    numbers[at, 0], numbers[at, 1] = worse, better
-                    levels[at, 0], levels[at, 1] = worse_height, better_height
+                    worst[at], best[at] = worse, better
+                    worst_height[at], best_height[at] = worse_height, better_height
             if 4 * count > len(keys):
                 kept = keys != pair_table.EMPTY
-                larger = pair_table.enlarged(keys, kept)
-                numbers = pair_table.moved(numbers, keys, kept, larger)
-                levels = pair_table.moved(levels, keys, kept, larger)
+                larger, _ = pair_table.enlarged(keys, kept)
+                worst, best = (pair_table.moved(worst, keys, kept, larger), pair_table.moved(best, keys, kept, larger))
+                worst_height = pair_table.moved(worst_height, keys, kept, larger)
+                best_height = pair_table.moved(best_height, keys, kept, larger)
                 keys = larger
-    chosen = np.flatnonzero(keys != pair_table.EMPTY)
-    ones, twos = pair_table.nodes_of(keys[chosen])
-    numbers, levels = numbers[chosen], levels[chosen]
-    return ones, twos, numbers[:, 0], numbers[:, 1], levels[:, 0], levels[:, 1]
+    return keys, worst, best, worst_height, best_height

@@ -169,6 +169,7 @@ def _faces(blocks: StoredBlocks, block: int) -> Faces:
 
 def _across(group: Group, connectivity: int) -> Iterator[Edges]:
     """Yield the edges across each border between blocks of a group, and those to blocks around it."""
+    from connectomics.decoding.blocks.pair_table import filled
     from connectomics.decoding.watershed.forest_kernels import border_edges
 
     blocks = group.blocks
@@ -181,7 +182,7 @@ def _across(group: Group, connectivity: int) -> Iterator[Edges]:
             sides.append((plane, border(heights, way), _numbers(blocks, number, way).reshape(plane.shape)))
         (low, low_height, low_number), (high, high_height, high_number) = sides
         edges = border_edges(low, high, low_height, high_height, low_number, high_number, reach(step, connectivity))
-        yield _shifted(Edges(*edges), group.first(block) - 1, group.first(other) - 1)
+        yield _shifted(Edges(*filled(*edges)), group.first(block) - 1, group.first(other) - 1)
 
 
 def _numbers(blocks: StoredBlocks, block: int, step: Index) -> NDArray[np.int64]:
