@@ -123,7 +123,7 @@ def test_s3_absent_and_corrupt_chunks(server):
             content = server.client.get_object(Bucket="public", Key=key)["Body"].read()
             server.put(key.replace("x.zarr", "holes.zarr"), content)
     volume = Multiscale.open("s3://public/holes.zarr/recon-1/em", server.options)
-    assert volume.absent == ("s1",)
+    assert volume.absent == {"s1": (10.48, 8.0, 8.0)}
     values, inside = volume.read_raw(volume.grid)
     expected = np.ones(GRID.shape, bool)
     expected[16:, 16:, 16:] = False
