@@ -136,7 +136,7 @@ class AverageTask(BlockTask):
         ours: Mapping[str, Any] = {
             "artefact": "probability", "class_name": Path(self.output).name, "grid": self.grid.to_dict(),
             "version": __version__, "scale": 1 / unit_of(np.dtype(self.dtype)), "average": self.key,
-            "model": {"trained": any(trained_on(source.attrs["connectomics"]) for source in sources)},
+            "model": {"seen_in_training": any(trained_on(source.attrs["connectomics"]) for source in sources)},
             **unknown_of(*sources), **self.provenance.to_dict(), "complete": True,
         }  # fmt: skip
         for path in self.folder.glob(".done-*"):

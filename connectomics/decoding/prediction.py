@@ -52,7 +52,7 @@ def networks_of(said: Mapping[str, Any]) -> set[str]:
 def trained_on(said: Mapping[str, Any]) -> bool:
     """Return whether the attribute of a prediction, or of labels made from it, says that the network was trained on the
     crop."""
-    return bool(said.get("source", said).get("model", {}).get("trained"))
+    return bool(said.get("source", said).get("model", {}).get("seen_in_training"))
 
 
 def open_boundary(source: Multiscale, parameters: DecodeParameters) -> Multiscale | None:

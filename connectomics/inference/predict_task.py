@@ -44,7 +44,7 @@ PREDICT = "predict"  # the first stage
 _PRECISIONS = ("32", "bf16", "fp16")
 _OF_MODEL = (
     "checkpoint", "classes", "voxel_size", "window", "overlap", "multiple", "blending", "context", "precision",
-    "views", "symmetries", "dropout_samples", "skip_empty", "normalization", "trained",
+    "views", "symmetries", "dropout_samples", "skip_empty", "normalization", "seen_in_training",
 )  # fmt: skip
 _WORKER_BYTES = 320 << 20  # that a worker holds besides its block: kernels, pieces being written, caches of the reader
 
@@ -71,13 +71,13 @@ class PredictTask(BlockTask):
         skip_empty: leave out windows whose raw is constant or absent; probability is 0 where there are no others.
         mask: location of a multiscale group: leave out windows wholly where it is 0, or beyond it.
         allow_missing_raw: whether voxels of the region may lack raw; they get probability 0.
-        trained: whether the networks were trained on a part of the region, as far as it is known.
+        seen_in_training: whether the networks were trained on a part of the region, as far as it is known.
         about: attributes of channels that are no classes (``artefact``, ``class_name``, ...).
         storage: of arrays.
     """
 
     kind: ClassVar[str] = "predict"
-    free: ClassVar[frozenset[str]] = frozenset({"batch_size", "allow_missing_raw", "pyramid", "trained"})
+    free: ClassVar[frozenset[str]] = frozenset({"batch_size", "allow_missing_raw", "pyramid", "seen_in_training"})
     places: ClassVar[frozenset[str]] = frozenset({"raw", "output", "mask", "checkpoints"})
     networks: ClassVar[tuple[Network, ...]] = ()  # of `given`: in this process only, neither stored nor compared
 
@@ -108,7 +108,7 @@ class PredictTask(BlockTask):
     skip_empty: bool = False
     mask: str | None = None
     allow_missing_raw: bool = False
-    trained: bool = False
+    seen_in_training: bool = False
     about: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
     storage: Storage = Storage()  # noqa: RUF009 (frozen)
 

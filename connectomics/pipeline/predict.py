@@ -292,7 +292,7 @@ def network_tasks(
             skip_empty=options.skip_empty,
             mask=mask_of(catalog, target.dataset, options.mask),
             allow_missing_raw=config.data.allow_missing_raw,
-            trained=target.trained,
+            seen_in_training=target.seen_in_training,
             about=about,
             storage=storage,
         )

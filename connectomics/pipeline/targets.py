@@ -34,13 +34,13 @@ class Target:
         dataset: name of the data set in the data root.
         name: name of the region's folder in the output, ``crop557``.
         grids: the grid to write for each class.
-        trained: whether a network was trained on a part of it.
+        seen_in_training: whether a network was trained on a part of it.
     """
 
     dataset: str
     name: str
     grids: Mapping[str, VoxelGrid] = field(hash=False)
-    trained: bool = False
+    seen_in_training: bool = False
 
     @property
     def key(self) -> str:
@@ -166,8 +166,8 @@ def with_trained(
         boxes = [grid.box.grow(-0.5 * np.asarray(grid.voxel_size)) for grid in target.grids.values()]
         regions = [region for key, region in seen if key == target.key]
         trained = any(r is None or any(not r.intersect(box).is_empty for box in boxes) for r in regions)
-        found.append(replace(target, trained=trained))
-    name_trained((target.key, target.trained) for target in found)
+        found.append(replace(target, seen_in_training=trained))
+    name_trained((target.key, target.seen_in_training) for target in found)
     return found
 
 

@@ -340,7 +340,7 @@ def test_crops_that_a_network_was_trained_on_are_named(root, tmp_path, caplog):
     folders = predict(root, place, tmp_path / "out")
     assert warning in caplog.text
     shutil.rmtree(tmp_path / "run")
-    assert [require_complete(folder)["model"]["trained"] for folder in folders] == [True, False]
+    assert [require_complete(folder)["model"]["seen_in_training"] for folder in folders] == [True, False]
     labels = decode(tmp_path / "out", out=tmp_path / "labels", config=config_of(root))
     caplog.clear()
     evaluate(labels, root, samples=10)
@@ -362,4 +362,4 @@ def test_a_part_of_a_crop_that_was_kept_out_is_not_named(root, tmp_path, caplog)
     with pytest.raises(MissingError, match="no annotated voxel"):
         tune(tmp_path / "out", root, tmp_path / "tuned", classes=["er"])
     assert "used for training" not in caplog.text
-    assert not require_complete(folder)["model"]["trained"]
+    assert not require_complete(folder)["model"]["seen_in_training"]

@@ -79,7 +79,7 @@ def test_crops_that_were_trained_on_are_named(made: Path, tmp_path: Path, caplog
     predictions = shutil.copytree(made / "predictions", tmp_path / "predictions")
     for number, crop in enumerate(("crop1", "crop2")):
         array = predictions / f"set-a.zarr/{crop}/er"
-        update_attrs(array, {"connectomics": {**about(array), "model": {"trained": number == 0}}})
+        update_attrs(array, {"connectomics": {**about(array), "model": {"seen_in_training": number == 0}}})
     tune(predictions, str(made / "root"), tmp_path / "tuned", classes=["er"])
     assert "1 of 2 crops was used for training (set-a/crop1)" in caplog.text
 
