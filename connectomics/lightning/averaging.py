@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import pytorch_lightning as pl
@@ -27,13 +27,13 @@ class AveragedWeights(WeightAveraging):
 
     def __init__(self, decay: float, device: str | None = None) -> None:
         """``decay``: from 0 to below 1. ``device``: where the averages are, None: where the module is at first."""
-        super().__init__(device=device, multi_avg_fn=self._update)
+        super().__init__(device=device)
         self.decay = decay
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Copy the module."""
         super().setup(trainer, pl_module, stage)
-        if self._average_model is not None:  # each step reads the number of updates: on a GPU it would make it wait
+        if self._average_model is not None:  # each step reads the number of updates, and should not wait for a GPU
             self._average_model.n_averaged = self._average_model.n_averaged.cpu()
             self._average_model.module.eval()
 
@@ -43,11 +43,23 @@ class AveragedWeights(WeightAveraging):
         assert self._average_model is not None, "training has begun"
         return self._average_model.module.get_submodule("network")
 
-    def _update(self, averages: Sequence[Tensor], weights: Sequence[Tensor], count: Any) -> None:
-        if not averages[0].is_floating_point():
-            for average, weight in zip(averages, weights, strict=True):
-                average.copy_(weight)
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any, **keywords: Any) -> None:
+        """Move the averages after an optimizer step; Lightning's own method copies the number of updates to the device,
+        which makes each step wait for a GPU."""
+        done = self._latest_update_step
+        if trainer.global_step <= done:
             return
-        done = self._latest_update_step  # without waiting for a GPU, as ``count`` would
-        decay = min(self.decay, (1 + done) / (10 + done))
-        get_ema_multi_avg_fn(decay)(list(averages), list(weights), torch.tensor(done))
+        assert self._average_model is not None, "training has begun"
+        decay = min(self.decay, (1 + done) / (10 + done)) if self._average_model.n_averaged else 0.0
+        kinds: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+        both = (chain(of.parameters(), of.buffers()) for of in (self._average_model.module, module))
+        for average, weight in zip(*both, strict=True):
+            for tensors, tensor in zip(kinds.setdefault(average.dtype, ([], [])), (average, weight), strict=True):
+                tensors.append(tensor.detach().to(average.device))
+        for dtype, (averages, weights) in kinds.items():
+            if decay and dtype.is_floating_point:
+                get_ema_multi_avg_fn(decay)(averages, weights, done)
+            else:
+                torch._foreach_copy_(averages, weights)
+        self._average_model.n_averaged += 1
+        self._latest_update_step = trainer.global_step

@@ -125,10 +125,15 @@ class ConnectomicsModule(TrainedNetwork, pl.LightningModule):
         size = labels.batch
         means = {"train/loss": total.detach(), "train/known": known, **parts}
         self.log_dict(means, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
-        self.log("train/loss_step", total.detach(), on_step=True, on_epoch=False, prog_bar=True, batch_size=size)
-        rate = max(group["lr"] for group in self.trainer.optimizers[0].param_groups)
-        self.log("train/lr", rate, on_step=False, on_epoch=True, batch_size=1)
+        self.log_step(total.detach(), size)
         return total
+
+    def log_step(self, loss: Tensor, size: int) -> None:
+        """Log the loss of a step and its learning rate without making the host wait for a GPU: as for a number, which
+        Lightning copies to the device, and for ``prog_bar=True``, which it reads from there."""
+        self.log("train/loss_step", loss, on_step=True, on_epoch=False, batch_size=size)
+        rate = max(group["lr"] for group in self.trainer.optimizers[0].param_groups)
+        self.log("train/lr", loss.new_full((), rate), on_step=False, on_epoch=True, batch_size=1)
 
     def _consistency(self, mean_teacher: MeanTeacher, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """Return the weighted consistency loss of the batch's patches without labels, and what is logged of it."""
@@ -146,7 +151,9 @@ class ConnectomicsModule(TrainedNetwork, pl.LightningModule):
             )
         weight = mean_teacher.weight(self.trainer.global_step)
         loss, confident = mean_teacher(batch["unlabeled"], self.network, averages.network)
-        logged = {"consistency": loss.detach(), "consistency_weight": weight, "confident": confident}
+        logged = {
+            "consistency": loss.detach(), "consistency_weight": loss.new_full((), weight), "confident": confident,
+        }  # fmt: skip
         return weight * loss, {f"train/{name}": value for name, value in logged.items()}
 
     def on_train_epoch_end(self) -> None:

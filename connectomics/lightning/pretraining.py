@@ -73,9 +73,7 @@ class PretrainingModule(ConnectomicsModule):
         loss = self.reconstruct(batch).loss
         size = len(batch["image"])
         self.log("train/loss", loss.detach(), on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
-        self.log("train/loss_step", loss.detach(), on_step=True, on_epoch=False, prog_bar=True, batch_size=size)
-        rate = max(group["lr"] for group in self.trainer.optimizers[0].param_groups)
-        self.log("train/lr", rate, on_step=False, on_epoch=True, batch_size=1)
+        self.log_step(loss.detach(), size)
         return loss
 
     def on_train_epoch_end(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import psutil
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.callbacks import Callback, RichProgressBar
 
 from connectomics.io.write import write_file
 
@@ -137,6 +138,18 @@ def memory_in_use() -> int:
         with contextlib.suppress(psutil.Error):  # it has ended
             found += int(child.memory_full_info().pss)
     return found
+
+
+class LossBar(RichProgressBar):
+    """Lightning's bar with ``train/loss_step``, read once a second: reading it makes the host wait for a GPU."""
+
+    _read, _loss = -math.inf, math.nan
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        """Return what the bar shows."""
+        if (now := time.perf_counter()) >= self._read + 1:
+            self._read, self._loss = now, float(trainer.callback_metrics.get("train/loss_step", self._loss))
+        return {**super().get_metrics(trainer, pl_module), "train/loss_step": self._loss}
 
 
 class PlainProgress(Callback):

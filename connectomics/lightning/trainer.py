@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar
+from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
 
 from connectomics.config import RunConfig
@@ -20,7 +20,7 @@ from connectomics.lightning.hard_examples import HardExamples
 from connectomics.lightning.metrics_table import MetricsTable
 from connectomics.lightning.resuming import EpochSums, LatestState, RandomState, ResumeTable
 from connectomics.lightning.schedule import Schedule
-from connectomics.lightning.timing import PlainProgress, Timing
+from connectomics.lightning.timing import LossBar, PlainProgress, Timing
 
 
 def build_trainer(
@@ -105,7 +105,7 @@ def _mlflow(config: RunConfig, folder: Path) -> Logger:
 
 
 def _callbacks(config: RunConfig, folder: Path, fast_dev_run: bool, validate: bool, bar: bool) -> list[Callback]:
-    progress = RichProgressBar() if bar else PlainProgress()
+    progress = LossBar() if bar else PlainProgress()
     callbacks: list[Callback] = [RandomState(), EndWorkers(), Schedule(config), progress]
     if fast_dev_run:
         return callbacks

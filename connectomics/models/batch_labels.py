@@ -19,6 +19,7 @@ from connectomics.cellmap.labels import FRACTION_STEPS
 from connectomics.errors import InputError
 
 _THRESHOLD = 0.5  # a voxel with a label above this counts as present
+_FEW_STATES = 64  # that a GPU counts one by one
 _CODES = (torch.uint8, torch.int16, torch.int32)
 
 
@@ -166,10 +167,16 @@ class PackedLabels(Labels):
 
     def tally(self) -> Tensor:
         """Count as `Labels.tally`, from the number of voxels in each state."""
-        states = self.batch * self.present.shape[2]
-        often = torch.bincount(self._places, minlength=states).view(self.batch, 1, -1)  # (B, 1, K)
+        often = self.often(self.present.shape[2])[:, None]  # (B, 1, K)
         present = ((self.present & self.known) * often).sum(2)  # (B, C)
         return torch.stack([(present > 0).sum(0), present.sum(0), (self.known * often).sum((0, 2))])
+
+    def often(self, states: int, one_by_one: bool | None = None) -> Tensor:
+        """Return the number of voxels in each state, int64 (B, K); ``one_by_one`` is faster on a GPU for few states,
+        since `torch.bincount` makes the host wait for the smallest and the largest code."""
+        if states <= _FEW_STATES and self.codes.is_cuda if one_by_one is None else one_by_one:
+            return torch.stack([(self.codes == state).sum((1, 2, 3)) for state in range(states)], 1)
+        return torch.bincount(self._places, minlength=self.batch * states).view(self.batch, states)
 
 
 def labels_of(batch: Mapping[str, Tensor]) -> Labels:

@@ -100,7 +100,7 @@ def onto(features: Tensor, shape: Sequence[int], ratio: Sequence[float]) -> Tens
     normalized coordinates (faces at -1 and 1) the patch voxel at u is at u * shape / (ratio * features' shape).
     """
     scale = [n / (r * m) for n, r, m in zip(shape, ratio, features.shape[2:], strict=True)]
-    theta = torch.diag(features.new_tensor(scale[::-1], dtype=torch.float32))  # affine_grid takes x, y, z
+    theta = torch.diag(torch.tensor(scale[::-1])).to(features.device, non_blocking=True)  # affine_grid takes x, y, z
     theta = torch.cat([theta, theta.new_zeros(3, 1)], dim=1).expand(features.shape[0], 3, 4)
     grid = functional.affine_grid(theta, [features.shape[0], 1, *shape], align_corners=False)
     return functional.grid_sample(features.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)

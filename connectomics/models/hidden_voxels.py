@@ -30,7 +30,7 @@ def hide_blocks(image: Tensor, ratio: float, block: Sequence[int], generator: to
     for axis, (n, b) in enumerate(zip(image.shape, block, strict=True)):
         offset = int(torch.randint(b, (), generator=generator))
         hidden = hidden.repeat_interleave(b, axis).narrow(axis, offset, n)
-    hidden = hidden.to(image.device)
+    hidden = hidden.to(image.device, non_blocking=True)
     return image.masked_fill(hidden, 0), hidden
 
 
@@ -52,7 +52,7 @@ def blind_spots(image: Tensor, ratio: float, generator: torch.Generator) -> tupl
     others = places + steps
     outside = (others < 0) | (others >= shape)
     others = torch.where(outside, places - steps, others).clamp(min=torch.zeros(3, dtype=torch.long), max=shape - 1)
-    places, others = places.to(image.device), others.to(image.device)
+    places, others, hidden = (t.to(image.device, non_blocking=True) for t in (places, others, hidden))
     changed = image.clone()
     changed[places.unbind(1)] = image[others.unbind(1)]
-    return changed, hidden.to(image.device)
+    return changed, hidden

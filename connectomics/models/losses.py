@@ -107,7 +107,7 @@ class BCEWithLogitsLoss(ClassLoss):
     pos_weight: Positive = 1.0
 
     def __call__(self, batch: KnownVoxels) -> Tensor:
-        weight = None if self.pos_weight == 1.0 else batch.logits.new_tensor(self.pos_weight)
+        weight = None if self.pos_weight == 1.0 else batch.logits.new_full((), self.pos_weight)
         return batch.mean(batch.cross_entropy(weight) * batch.known)
 
 

@@ -131,7 +131,10 @@ class MaskedLoss(nn.Module):
         wanted = torch.is_grad_enabled() and any(output.requires_grad for output in outputs)
         # float32 also for half precision: the gradient scale that keeps halves from vanishing applies only in backward
         gradients = [torch.empty_like(output, dtype=torch.float32) for output in outputs] if wanted else []
-        factors = outputs[0].new_tensor([self.weights[name] for name in self.losses], dtype=torch.float32)
+        # filled on the device: a copy of numbers would make each step wait for a GPU
+        factors = torch.stack([
+            outputs[0].new_full((), self.weights[name], dtype=torch.float32) for name in self.losses
+        ])  # fmt: skip
         factors = factors / labels.channels
         by_sample = factors.new_zeros((len(factors), labels.batch))
         together = self.at_once or _classes_at_once(labels)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 
 from connectomics.config import RunConfig
@@ -121,3 +122,26 @@ def test_the_cost_of_a_study_row_has_device_seconds_on_a_gpu(device: str, tmp_pa
     train(config, tmp_path / "run", resume=True, datamodule=MadeUpData(), callbacks=[again])
     assert again.cpu_s > before[0]
     assert device == "cpu" or again.device_s > before[1]  # type: ignore[operator]
+
+
+class NoWaiting(pl.Callback):
+    """From the third step to the last but one, what makes the host wait for the GPU is an error."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        strict = 2 <= batch_idx < trainer.num_training_batches - 2
+        torch.cuda.set_sync_debug_mode("error" if strict else "default")
+
+    def on_exception(self, *args: Any) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_the_host_does_not_wait_in_a_step_of_bfloat16(gpu: str, tmp_path: Path) -> None:
+    """Also between steps: for the next batch and its augmentation, for averages, and for what is logged."""
+    names = ("blur", "contrast", "gamma", "noise", "drift", "stripes", "charging", "missing_sections", "cutout")
+    config = config_on(
+        gpu, "bf16-mixed", training__max_epochs=1, training__ema=0.9, logging__log_every_n_steps=1000,
+        data__intensity={name: {"prob": 1} for name in names},
+    )  # fmt: skip
+    result = train(config, tmp_path / "run", datamodule=MadeUpData(patches=24), callbacks=[NoWaiting()])
+    assert result.steps == 12

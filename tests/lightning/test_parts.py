@@ -23,7 +23,7 @@ from connectomics.lightning.metrics_table import MetricsTable
 from connectomics.lightning.optim import build_optimizer, learning_rate
 from connectomics.lightning.panels import Plane, panel
 from connectomics.lightning.resuming import RandomState, random_state, set_random_state
-from connectomics.lightning.timing import PlainProgress
+from connectomics.lightning.timing import LossBar, PlainProgress
 from connectomics.lightning.trainer import build_trainer
 from connectomics.machine import cpu_has_bfloat16, is_first_process
 from tests.lightning.synthetic_run import tiny_config
@@ -203,6 +203,18 @@ class TestTrainer:
             monkeypatch.setattr(sys.stdout, "isatty", lambda answer=terminal: answer)
             trainer = build_trainer(tiny_config(), tmp_path, machine=self.machine)
             assert any(isinstance(c, kind) for c in trainer.callbacks)
+
+    def test_the_bar_reads_the_loss_once_a_second(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        values = iter(range(9))
+        metrics = SimpleNamespace(get=lambda *_: next(values))
+        trainer: Any = SimpleNamespace(progress_bar_metrics={}, loggers=[], callback_metrics=metrics)
+        module: Any = None
+        now = [0.0]
+        monkeypatch.setattr("connectomics.lightning.timing.time.perf_counter", lambda: now[0])
+        bar, shown = LossBar(), []
+        for now[0] in (5.0, 5.9, 6.1):
+            shown.append(bar.get_metrics(trainer, module)["train/loss_step"])
+        assert shown == [0, 0, 1]
 
     def test_plain_progress_speaks_within_long_epochs(self, capsys: pytest.CaptureFixture[str]) -> None:
         trainer: Any = SimpleNamespace(

@@ -292,3 +292,19 @@ def test_two_processes_resume(tmp_path: Path, starter: Starter) -> None:
     assert again["run_dir"] == str(run)
     assert again["epochs"] == 3
     assert len(table(run, "train/loss")) == 3
+
+
+def test_what_a_step_logs_does_not_make_the_host_wait_for_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning copies numbers to the device, and reads what it shows in a progress bar after every step."""
+    logged, log = [], pl.LightningModule.log
+
+    def checked(self: pl.LightningModule, name: str, value: Any, prog_bar: bool = False, **more: Any) -> None:
+        logged.append((name, isinstance(value, torch.Tensor), prog_bar))
+        log(self, name, value, prog_bar=prog_bar, **more)
+
+    monkeypatch.setattr(pl.LightningModule, "log", checked)
+    train(tiny_config(training__max_epochs=1), tmp_path / "run", datamodule=MadeUpData(crops=0))
+    assert {name for name, *_ in logged} >= {"train/loss", "train/loss_step", "train/lr", "train/known"}
+    assert all(is_tensor and not prog_bar for _, is_tensor, prog_bar in logged)

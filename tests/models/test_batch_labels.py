@@ -57,6 +57,7 @@ def test_packed_and_dense_labels_are_counted_alike(seed: int, states: int) -> No
     for labels in (packed, dense):
         assert labels.tally().dtype == torch.int64
         assert labels.tally().tolist() == expected
+    assert torch.equal(packed.often(states, True), packed.often(states, False)), "as a GPU counts, and as a CPU does"
 
 
 def test_counts_in_closed_form() -> None:

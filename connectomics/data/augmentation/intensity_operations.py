@@ -107,8 +107,9 @@ def to_peak(curve: Floats, amplitude: float) -> Floats:
 
 
 def on_device(values: Floats, image: Tensor) -> Tensor:
-    """Return the values as a float32 tensor on the device of the image."""
-    return torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(image.device)
+    """Return the values as a float32 tensor on the device of the image, without waiting for a GPU: pageable memory is
+    copied before the call returns, whatever becomes of it."""
+    return torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(image.device, non_blocking=True)
 
 
 # -- shifted sections ------------------------------------------------------------------------------------------------
