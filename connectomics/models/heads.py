@@ -42,7 +42,7 @@ class HeadLosses(nn.Module):
         total = torch.zeros((), device=ids.device)
         parts: dict[str, Tensor] = {}
         for head, loss, logits in zip(self.heads, self.losses, outputs, strict=True):
-            with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
+            with torch.no_grad():
                 labels = head_labels(head, ids[:, self.classes.index(head.class_name)])
             result: LossResult = loss(logits, labels)
             total = total + head.weight * result.total

@@ -37,13 +37,14 @@ def head_labels(head: Head, ids: Tensor) -> Labels:
         raise InputError(f"ids of a class must be int32 (B, D, H, W), got {ids.dtype} {tuple(ids.shape)}")
     if head.kind == "affinities":
         return AffinityLabels(ids, head.offsets)
-    if head.kind == "boundary":
-        target, known = boundary(ids, head.voxel_size, head.scale_nm)
-    elif head.kind == "distance":
-        target, known = distance(ids, head.voxel_size, head.scale_nm)
-    else:
-        descriptors, known = shape_descriptors(ids, head.voxel_size, head.scale_nm)
-        return DenseLabels(descriptors, known[:, None].expand(descriptors.shape))
+    with torch.autocast(ids.device.type, enabled=False):  # sums over many voxels need float32
+        if head.kind == "boundary":
+            target, known = boundary(ids, head.voxel_size, head.scale_nm)
+        elif head.kind == "distance":
+            target, known = distance(ids, head.voxel_size, head.scale_nm)
+        else:
+            descriptors, known = shape_descriptors(ids, head.voxel_size, head.scale_nm)
+            return DenseLabels(descriptors, known[:, None].expand(descriptors.shape))
     return DenseLabels(target[:, None], known[:, None])
 
 
@@ -154,7 +155,8 @@ def _along(best: Tensor, ids: Tensor, unknown: Tensor, axis: int, side: float, r
     """Update the best distances along one axis, in both directions, with its two faces as unknown voxels."""
     n = ids.shape[1 + axis]
     ends = [_fixed((min(i, n - 1 - i) + 0.5) * side, reach_nm) + 1 for i in range(n)]
-    faces = torch.tensor(ends, dtype=torch.int32, device=ids.device).view([-1 if a == axis else 1 for a in range(3)])
+    faces = torch.tensor(ends, dtype=torch.int32).view([-1 if a == axis else 1 for a in range(3)])
+    faces = faces.to(ids.device, non_blocking=True)
     result = torch.minimum(best, faces)
     for steps in range(1, min(n - 1, math.floor(reach_nm / side + 0.5)) + 1):
         cost = _fixed((steps - 0.5) * side, reach_nm)
@@ -208,7 +210,7 @@ def _moments(n: int, side: float, sigma_nm: float, device: torch.device) -> Tens
     steps = torch.arange(-math.floor(_WINDOW * sigma_nm / side), math.floor(_WINDOW * sigma_nm / side) + 1)
     total = torch.exp(-((steps * side / sigma_nm) ** 2) / 2).sum()
     weight = torch.exp(-((offset / sigma_nm) ** 2) / 2) * (offset.abs() <= _WINDOW * sigma_nm * (1 + 1e-9)) / total
-    return torch.stack([weight, weight * offset, weight * offset**2]).float().to(device)
+    return torch.stack([weight, weight * offset, weight * offset**2]).float().to(device, non_blocking=True)
 
 
 def _apply(values: Tensor, matrix: Tensor, axis: int) -> Tensor:

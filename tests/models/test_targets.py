@@ -256,6 +256,16 @@ def test_targets_turn_along_with_their_ids(symmetry: Symmetry) -> None:
 
 
 @pytest.mark.parametrize("head", HEADS, ids=lambda head: head.kind)
+def test_targets_are_computed_in_float32_also_in_mixed_precision(head: Head) -> None:
+    """As in a validation, which Lightning runs within its autocast."""
+    expected = head_labels(head, blobs(7)).dense()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = head_labels(head, blobs(7)).dense()
+    assert torch.equal(found.label, expected.label)
+    assert torch.equal(found.known, expected.known)
+
+
+@pytest.mark.parametrize("head", HEADS, ids=lambda head: head.kind)
 def test_a_head_has_targets_from_0_to_1_as_many_as_channels_and_none_where_nothing_is_known(head: Head) -> None:
     ids = torch.cat([blobs(7, (16, 16, 16), unknown=False), torch.full((1, 16, 16, 16), -1, dtype=torch.int32)])
     labels = head_labels(head, ids)
