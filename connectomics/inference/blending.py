@@ -160,9 +160,23 @@ class Forward:
 
     def __call__(self, *inputs: list[NDArray[np.float32]]) -> torch.Tensor:
         """Return (B, channels, d, h, w) float32 of B windows (d, h, w), and of B of each further input."""
+        return self.run(self.prepared(*inputs))
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the network runs beside this process."""
+        return self.device.startswith("cuda")
+
+    def prepared(self, *inputs: list[NDArray[np.float32]]) -> list[torch.Tensor]:
+        """Return the inputs (B, 1, d, h, w) on the device. On a GPU they are new, and copied while it computes; else
+        they are the same memory each time."""
+        return [self._batch(f"input {n}", arrays) for n, arrays in enumerate(inputs)]
+
+    def run(self, given: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the network's output for `prepared` inputs."""
         import torch
 
-        batch, *further = (self._batch(f"input {n}", arrays) for n, arrays in enumerate(inputs))
+        batch, *further = given
         mixed: Any = contextlib.nullcontext()
         if self.autocast is not None:
             mixed = torch.autocast(torch.device(self.device).type, dtype=self.autocast)
@@ -175,9 +189,13 @@ class Forward:
             return out.float()
 
     def _batch(self, name: str, arrays: list[NDArray[np.float32]]) -> torch.Tensor:
-        batch = self.buffers(name, (len(arrays), 1, *arrays[0].shape))
+        import torch
+
+        shape = (len(arrays), 1, *arrays[0].shape)
+        # torch gives pinned memory to nobody else before its copy has ended
+        batch = torch.empty(shape, dtype=torch.float32, pin_memory=True) if self.on_gpu else self.buffers(name, shape)
         np.stack(arrays, out=batch.numpy()[:, 0])
-        return batch.to(self.device)
+        return batch.to(self.device, non_blocking=self.on_gpu)
 
 
 class Row:
@@ -240,10 +258,19 @@ class Row:
         ahead = _BATCHES_AHEAD * forward.batch_size * math.prod(self._lattice.window)
         with ExitStack() as stack:
             readers = [stack.enter_context(ReadAhead(given.around, grids, ahead)) for given in forward.inputs]
+
+            def prepared(n: int) -> list[torch.Tensor]:
+                part = slice(n, n + forward.batch_size)
+                further = ([read(grid) for grid in grids[part]] for read in readers)
+                return forward.prepared([self._window(at) for at in windows[part]], *further)
+
+            given = None
             for n in range(0, len(windows), forward.batch_size):
-                batch, around = windows[n : n + forward.batch_size], grids[n : n + forward.batch_size]
-                further = ([read(grid) for grid in around] for read in readers)
-                yield from zip(batch, forward([self._window(at) for at in batch], *further), strict=True)
+                values = forward.run(given or prepared(n))
+                following = n + forward.batch_size
+                given = prepared(following) if forward.on_gpu and following < len(windows) else None
+                yield from zip(windows[n:following], values, strict=True)
+                del values  # before the next ones are there
 
     def _wanted(self, column: int) -> list[Index]:
         """Return the numbers of the windows to run in a column along x."""

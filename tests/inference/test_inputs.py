@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from connectomics.errors import InputError
 from connectomics.geometry import VoxelGrid
+from connectomics.inference.blending import Forward
 from connectomics.inference.predict_task import PredictTask, run_predict_task
 from connectomics.inference.raw import FurtherInput
 from connectomics.inference.sliding import predict_blocks
@@ -29,7 +30,13 @@ def mean_of_view(image: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
     return view.mean(dim=(2, 3, 4), keepdim=True).expand(-1, 1, *image.shape[2:])
 
 
-def test_a_view_has_the_windows_middle() -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_view_has_the_windows_middle(ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``ahead``: what goes into the network is made while the network computes, as on a GPU."""
+    if ahead:
+        empty = torch.empty
+        monkeypatch.setattr(Forward, "on_gpu", True)
+        monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **more: empty(*shape, **more))
     grid = VoxelGrid((5.24, 4.0, 4.0), (100.0, 7.0, -3.0), (24, 16, 32))
     view = FurtherInput(linear, (16.0, 18.0, 20.0), (6, 5, 4))
     blocks = predict_blocks(
