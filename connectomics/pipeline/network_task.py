@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 from connectomics.cellmap.classes import atoms_of
 from connectomics.config import RunConfig, as_config, load_config
 from connectomics.config.heads import channel_names
-from connectomics.errors import InputError, MissingError
+from connectomics.errors import InputError, MissingError, OutOfMemoryError
 from connectomics.inference.augmented import Network, dropout_on
 from connectomics.inference.predict_task import PredictTask
 from connectomics.lightning.run_state import weights_file
 from connectomics.pipeline.runs import Run
+from connectomics.tasks.memory import is_out_of_memory
+from connectomics.tasks.pool import one_line
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +80,7 @@ def ready(networks: Sequence[TrainedNetwork], task: PredictTask, device: str) ->
     """Yield the networks' probabilities as a task needs them: on ``device``, in evaluation mode or with dropout, in its
     memory format, compiled or not. Mode and format are restored at the end; the networks stay on the device.
 
-    Raises `InputError` if the task needs dropout and a network has none.
+    Raises `InputError` if the task needs dropout and a network has none, `OutOfMemoryError` if a network does not fit.
     """
     import torch
 
@@ -92,7 +94,12 @@ def ready(networks: Sequence[TrainedNetwork], task: PredictTask, device: str) ->
         runs: list[Network] = []
         for network in networks:
             stack.callback(network.train, network.training)
-            network.eval().to(device)
+            try:
+                network.eval().to(device)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise OutOfMemoryError(f"no memory for the network on {device} ({one_line(error)})") from error
             if last:
                 set_channels_last(network)
                 stack.callback(set_channels_last, network, False)

@@ -12,7 +12,7 @@ import yaml
 
 from connectomics.cli import main
 from connectomics.config.schema import EngineConfig, InferenceConfig
-from connectomics.errors import BlocksFailedError, InputError
+from connectomics.errors import OutOfMemoryError
 from connectomics.io.multiscale import Multiscale
 from connectomics.pipeline.predict import predict_cellmap_crops
 from connectomics.pipeline.targets import Target, targets_of
@@ -112,6 +112,6 @@ def test_prediction_that_finds_no_memory_says_so_in_one_line(
 ) -> None:
     config = config_of(root)
     targets: list[Target] = targets_of(config, box=BOX)
-    with pytest.raises((InputError, BlocksFailedError), match="memory") as error:
+    with pytest.raises(OutOfMemoryError, match="memory") as error:
         predict_cellmap_crops(None, config, checkpoint, tmp_path, targets=targets, device="cuda")
     assert "\n" not in str(error.value)
