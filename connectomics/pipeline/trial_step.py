@@ -19,12 +19,28 @@ _VALIDATIONS = 20  # of a training with a time limit
 def try_step(plan: Plan, machine: MachineFacts) -> None:
     """Measure one training step and store its batch size, seconds and memory in the plan.
 
-    On a GPU, the batch is the one of `choose_batch`; on the CPU, that of the plan.
+    On a GPU, the batch is the one of `choose_batch`, in the format of `choose_format`; on the CPU, that of the plan.
     """
     if machine.gpu is None:
         plan.step_seconds, plan.step_memory = _step(plan, int(plan.settings["data.batch_size"]))
     else:
+        choose_format(plan, lambda: _step(plan, 1)[0])
         choose_batch(plan, lambda batch: _step(plan, batch))
+
+
+def choose_format(plan: Plan, seconds: Callable[[], float]) -> None:
+    """Choose the memory format in which a training step of the plan, which takes ``seconds()``, is faster.
+
+    Without channels last, torch has its own kernels for depthwise 3-D convolutions (docs/networks.md)."""
+    tried = {}
+    for last in (False, True):
+        plan.settings["training.channels_last"] = last
+        try:
+            tried[last] = seconds()
+        except RuntimeError:  # also no memory
+            tried[last] = math.inf
+    found = " and ".join(f"{1e3 * tried[last]:.0f} ms {'with' if last else 'without'}" for last in (True, False))
+    plan.choose("training.channels_last", tried[True] < tried[False], f"a step of one patch takes {found}, by trial")
 
 
 def choose_batch(plan: Plan, step: Callable[[int], tuple[float, int]]) -> None:
@@ -56,6 +72,7 @@ def choose_batch(plan: Plan, step: Callable[[int], tuple[float, int]]) -> None:
     batch = best_batch(seconds, _LARGEST_BATCH)
     plan.step_seconds, plan.step_memory = tried[batch]
     plan.choose("data.batch_size", batch, "larger batches give hardly more patches per second, or do not fit, by trial")
+    plan.choose("inference.batch_size", batch, "windows of the same size keep the GPU busy alike")
     if (minutes := plan.settings.get("training.max_minutes")) is not None:
         steps = max(1, round(60 * minutes / plan.step_seconds / _VALIDATIONS))
         plan.choose("data.patches_per_epoch", steps * batch, f"about {_VALIDATIONS} validations in {minutes:g} minutes")
@@ -67,12 +84,14 @@ def _step(plan: Plan, batch: int) -> tuple[float, int]:
     import torch
 
     from connectomics.lightning.module import ConnectomicsModule
+    from connectomics.lightning.network import prepare_training
     from connectomics.models.batch_labels import DenseLabels
     from connectomics.models.heads import split_channels
 
     config = plan.config()
     device = "cuda" if torch.cuda.is_available() and config.model.architecture != "unet_2d" else "cpu"
     module = ConnectomicsModule(config).to(device).train()
+    prepare_training(module.network, config.training)
     optimizer = torch.optim.AdamW(module.parameters(), config.optimizer.lr)
     shape = (batch, len(plan.classes), *config.data.patch_size)
     image = torch.rand(batch, 1, *config.data.patch_size, device=device)
@@ -81,7 +100,7 @@ def _step(plan: Plan, batch: int) -> tuple[float, int]:
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds = math.inf
-    for _ in range(2):  # the first step allocates buffers and chooses algorithms
+    for _ in range(2 if device == "cpu" else 3):  # the first step allocates buffers and chooses algorithms
         begin = time.perf_counter()
         optimizer.zero_grad()
         with torch.autocast(device, torch.bfloat16, enabled=config.training.precision == "bf16-mixed"):

@@ -20,7 +20,7 @@ from connectomics.inference.windows import window_for
 from connectomics.pipeline.challenge_plan import forward_flops
 from connectomics.pipeline.data_facts import across_datasets, data_facts
 from connectomics.pipeline.plan import MachineFacts, hours, propose
-from connectomics.pipeline.trial_step import choose_batch, try_step
+from connectomics.pipeline.trial_step import choose_batch, choose_format, try_step
 from tests.cellmap.roots import grid_of, write_label, write_raw
 
 CPU = MachineFacts(cores=4, memory=16 << 30, gpu=None, gpu_memory=0, disk=100 << 30)
@@ -202,9 +202,27 @@ def test_the_batch_is_the_smallest_that_keeps_a_gpu_busy(balls: Path, memory: in
     choose_batch(plan, step)
     assert (plan.settings["data.batch_size"], plan.step_seconds, plan.step_memory) == (batch, 0.5, batch)
     assert plan.settings["data.patches_per_epoch"] == 60 * batch, "1,200 steps in all, 20 validations"
+    assert plan.config().inference.batch_size == batch
     memory = 0
     with pytest.raises(InputError, match="not even one patch of"):
         choose_batch(plan, step)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "last"),
+    [({False: 0.2, True: 0.1}, True), ({False: 0.1, True: 0.2}, False), ({False: 0.1}, False), ({}, False)],
+)
+def test_the_memory_format_is_the_faster_one(balls: Path, seconds: dict[bool, float], last: bool) -> None:
+    """One that does not run, for lack of memory or of a convolution, is not the faster one."""
+    (plan,) = propose(data_facts(str(balls), ["nuc"]), H200, "r", minutes=10)
+
+    def step() -> float:
+        if (chosen := plan.config().training.channels_last) not in seconds:
+            raise RuntimeError("no engine for this convolution")
+        return seconds[chosen]
+
+    choose_format(plan, step)
+    assert plan.config().training.channels_last is last
 
 
 def test_what_is_written_trains(
