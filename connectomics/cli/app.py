@@ -10,15 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
-from connectomics.cli import (
-    data_verbs,
-    label_verbs,
-    look_verbs,
-    plan_verbs,
-    predict_verbs,
-    score_verbs,
-    train_verbs,
-)
+from connectomics.cli import data_verbs, label_verbs, look_verbs, plan_verbs, predict_verbs, score_verbs, train_verbs
 
 WAY = """Segment cells in volume electron microscopy, from volumes to a scored submission.
 

@@ -190,8 +190,7 @@ def export(
     crop: Annotated[str | None, typer.Option(help="For a TIFF stack: the crop.")] = None,
     box: Annotated[str | None, typer.Option(help="For a TIFF stack: DATASET:z0,y0,x0:z1,y1,x1 (nm).")] = None,
     probabilities: Annotated[
-        Path | None,
-        InPlaceOption(help="Folder of predict: borders of semantic classes come from it, finer."),
+        Path | None, InPlaceOption(help="Folder of predict: borders of semantic classes come from it, finer.")
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail if an array of the table is missing.")] = False,
 ) -> None:

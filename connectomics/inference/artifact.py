@@ -170,11 +170,7 @@ def require_own_output(task: BlockTask, overwrite: bool) -> bool:
 
 
 def write_probability(
-    layout: Layout,
-    number: int,
-    probability: NDArray[Any],
-    writer: ArrayWriter,
-    absent: NDArray[np.bool_] | None = None,
+    layout: Layout, number: int, probability: NDArray[Any], writer: ArrayWriter, absent: NDArray[np.bool_] | None = None
 ) -> None:
     """Resample one class of a block (values on its region of the network's lattice) and store it in the array's dtype:
     uint8 as round(255 p), float16 as p; 0 at the block's voxels that are ``absent``. uint8 is stored as it is."""

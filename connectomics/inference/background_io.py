@@ -28,10 +28,7 @@ class ReadAhead:
     """
 
     def __init__(
-        self,
-        read: Callable[[VoxelGrid], NDArray[np.float32]],
-        grids: Iterable[VoxelGrid],
-        most: int = MAX_VOXELS_AHEAD,
+        self, read: Callable[[VoxelGrid], NDArray[np.float32]], grids: Iterable[VoxelGrid], most: int = MAX_VOXELS_AHEAD
     ) -> None:
         """Read ``grids`` in order, at most ``most`` voxels ahead (but always one grid)."""
         self._read = read

@@ -168,8 +168,7 @@ class Forward:
         return self.device.startswith("cuda")
 
     def prepared(self, *inputs: list[NDArray[np.float32]]) -> list[torch.Tensor]:
-        """Return the inputs (B, 1, d, h, w) on the device. On a GPU they are new, and copied while it computes; else
-        they are the same memory each time."""
+        """Return the inputs (B, 1, d, h, w) on the device; on a GPU in new memory, and copied while it computes."""
         return [self._batch(f"input {n}", arrays) for n, arrays in enumerate(inputs)]
 
     def run(self, given: Sequence[torch.Tensor]) -> torch.Tensor:

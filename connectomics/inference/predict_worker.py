@@ -218,9 +218,8 @@ def _in_turn(dtype: np.dtype[Any], number: int) -> Callable[[tuple[int, ...]], N
         arrays.append(arrays.pop(0))
         size = math.prod(shape)
         if arrays[0].size < size:
-            arrays[0] = torch.empty(
-                size, dtype=kind
-            ).numpy()  # numpy asks for huge pages, which some machines give slowly
+            # numpy asks for huge pages, which some machines give slowly
+            arrays[0] = torch.empty(size, dtype=kind).numpy()
         return arrays[0][:size].reshape(shape)
 
     return into
@@ -229,16 +228,10 @@ def _in_turn(dtype: np.dtype[Any], number: int) -> Callable[[tuple[int, ...]], N
 def best_batch(seconds: Callable[[int], float], most: int) -> int:
     """Find how many windows should go through the network together: a power of two up to ``most``.
 
-    Args:
-        seconds: returns the time of a batch of so many windows; may raise torch's `OutOfMemoryError`.
-        most: largest batch to try.
+    ``seconds`` returns the time of a batch of so many windows, and may raise torch's `OutOfMemoryError`.
 
-    Returns:
-        The smallest batch from which doubling gained less than 5 %; if memory ran out, half of the largest batch that
-        fitted, since blocks need memory too.
-
-    Raises:
-        InputError: a single window is too large for the memory.
+    Returns the smallest batch from which doubling gained less than 5 %; if memory ran out, half of the largest batch
+    that fitted, since blocks need memory too. Raises `InputError` if a single window is too large for the memory.
     """
     import torch
 

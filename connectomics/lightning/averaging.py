@@ -33,8 +33,7 @@ class AveragedWeights(WeightAveraging):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Copy the module."""
         super().setup(trainer, pl_module, stage)
-        if self._average_model is not None:  # each step reads the number of updates, and should not wait for a GPU
-            self._average_model.n_averaged = self._average_model.n_averaged.cpu()
+        if self._average_model is not None:
             self._average_model.module.eval()
 
     @property
@@ -44,22 +43,19 @@ class AveragedWeights(WeightAveraging):
         return self._average_model.module.get_submodule("network")
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any, **keywords: Any) -> None:
-        """Move the averages after an optimizer step; Lightning's own method copies the number of updates to the device,
-        which makes each step wait for a GPU."""
-        done = self._latest_update_step
-        if trainer.global_step <= done:
+        """Move the averages after an optimizer step; Lightning's method makes each step wait for a GPU."""
+        done, average = self._latest_update_step, self._average_model
+        if average is None or trainer.global_step <= done:
             return
-        assert self._average_model is not None, "training has begun"
-        decay = min(self.decay, (1 + done) / (10 + done)) if self._average_model.n_averaged else 0.0
-        kinds: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
-        both = (chain(of.parameters(), of.buffers()) for of in (self._average_model.module, module))
-        for average, weight in zip(*both, strict=True):
-            for tensors, tensor in zip(kinds.setdefault(average.dtype, ([], [])), (average, weight), strict=True):
-                tensors.append(tensor.detach().to(average.device))
-        for dtype, (averages, weights) in kinds.items():
-            if decay and dtype.is_floating_point:
-                get_ema_multi_avg_fn(decay)(averages, weights, done)
-            else:
-                torch._foreach_copy_(averages, weights)
-        self._average_model.n_averaged += 1
+        decay = min(self.decay, (1 + done) / (10 + done)) if done else 0.0
+        moved: list[list[Tensor]] = [[], []]
+        copied: list[list[Tensor]] = [[], []]
+        for both in zip(*(chain(of.parameters(), of.buffers()) for of in (average.module, module)), strict=True):
+            for kept, tensor in zip(moved if decay and both[0].is_floating_point() else copied, both, strict=True):
+                kept.append(tensor.detach().to(both[0].device))
+        if moved[0]:
+            get_ema_multi_avg_fn(decay)(*moved, done)
+        if copied[0]:
+            torch._foreach_copy_(*copied)
+        average.n_averaged += 1
         self._latest_update_step = trainer.global_step

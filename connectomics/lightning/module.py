@@ -129,8 +129,7 @@ class ConnectomicsModule(TrainedNetwork, pl.LightningModule):
         return total
 
     def log_step(self, loss: Tensor, size: int) -> None:
-        """Log the loss of a step and its learning rate without making the host wait for a GPU: as for a number, which
-        Lightning copies to the device, and for ``prog_bar=True``, which it reads from there."""
+        """Log the loss of a step and its learning rate; a number, or a progress bar, would make it wait for a GPU."""
         self.log("train/loss_step", loss, on_step=True, on_epoch=False, batch_size=size)
         rate = max(group["lr"] for group in self.trainer.optimizers[0].param_groups)
         self.log("train/lr", loss.new_full((), rate), on_step=False, on_epoch=True, batch_size=1)
@@ -151,9 +150,8 @@ class ConnectomicsModule(TrainedNetwork, pl.LightningModule):
             )
         weight = mean_teacher.weight(self.trainer.global_step)
         loss, confident = mean_teacher(batch["unlabeled"], self.network, averages.network)
-        logged = {
-            "consistency": loss.detach(), "consistency_weight": loss.new_full((), weight), "confident": confident,
-        }  # fmt: skip
+        rate = loss.new_full((), weight)
+        logged = {"consistency": loss.detach(), "consistency_weight": rate, "confident": confident}
         return weight * loss, {f"train/{name}": value for name, value in logged.items()}
 
     def on_train_epoch_end(self) -> None:

@@ -215,11 +215,8 @@ def register_loss(kind: type[ClassLoss]) -> type[ClassLoss]:
     Call it in a module that the configuration names in ``plugins``. A loss registered before under the same name is
     replaced.
 
-    Args:
-        kind: a frozen dataclass derived from `ClassLoss`. Its fields are the options (``model.loss_options``).
-
-    Raises:
-        InputError: not such a class, or the name is that of a loss of this package.
+    ``kind``: a frozen dataclass derived from `ClassLoss`. Its fields are the options (``model.loss_options``). Raises
+    `InputError` if it is not such a class, or has the name of a loss of this package.
     """
     if not (isinstance(kind, type) and issubclass(kind, ClassLoss) and is_dataclass(kind)):
         raise InputError(f"expected a dataclass derived from ClassLoss, got {kind!r}")
@@ -271,12 +268,8 @@ def class_weights(
     the present share of the known voxels of the training crops, at most ``cap`` times the smallest, with the mean 1
     (arXiv:1411.4734 scales by the median of f instead). A class that is never present has the weight 1.
 
-    Args:
-        given, cap: ``model.class_weights`` and ``model.class_weight_cap``.
-        present: f by class, 0 to 1; only read for "inverse_frequency".
-
-    Raises:
-        UnknownNameError: a mapping has a class that is not one of ``classes``.
+    ``given``, ``cap``: ``model.class_weights`` and ``model.class_weight_cap``. ``present``: f by class, 0 to 1; only
+    read for "inverse_frequency". Raises `UnknownNameError` if a mapping has a class that is not one of ``classes``.
     """
     if not isinstance(given, str):
         for name in given:

@@ -112,12 +112,9 @@ class MaskedLoss(nn.Module):
     def forward(self, logits: Tensor | Sequence[Tensor], labels: Labels) -> LossResult:
         """Return the loss of a batch, computed in float32 also under autocast.
 
-        Args:
-            logits: (B, C, D, H, W), or a sequence of them, full size first, each side dividing the one before.
-            labels: of the same B, C, D, H, W; for tensors, `DenseLabels(label, known)`.
-
-        Raises:
-            InputError: the shapes, or ``class_weights``, do not fit each other.
+        ``logits``: (B, C, D, H, W), or a sequence of them, full size first, each side dividing the one before.
+        ``labels``: of the same B, C, D, H, W; for tensors, `DenseLabels(label, known)`. Raises `InputError` if the
+        shapes, or ``class_weights``, do not fit each other.
         """
         outputs = [logits] if isinstance(logits, Tensor) else list(logits)
         if not outputs or tuple(outputs[0].shape) != labels.shape:
@@ -131,10 +128,8 @@ class MaskedLoss(nn.Module):
         wanted = torch.is_grad_enabled() and any(output.requires_grad for output in outputs)
         # float32 also for half precision: the gradient scale that keeps halves from vanishing applies only in backward
         gradients = [torch.empty_like(output, dtype=torch.float32) for output in outputs] if wanted else []
-        # filled on the device: a copy of numbers would make each step wait for a GPU
-        factors = torch.stack([
-            outputs[0].new_full((), self.weights[name], dtype=torch.float32) for name in self.losses
-        ])  # fmt: skip
+        # not a copy of numbers, for which each step would wait for a GPU
+        factors = torch.stack([outputs[0].new_full((), self.weights[n], dtype=torch.float32) for n in self.losses])
         factors = factors / labels.channels
         by_sample = factors.new_zeros((len(factors), labels.batch))
         together = self.at_once or _classes_at_once(labels)

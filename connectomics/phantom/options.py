@@ -10,11 +10,7 @@ from connectomics.errors import InputError, unknown_name
 from connectomics.geometry import VoxelGrid
 
 #: Extent of each data set (nm), number of training crops and of test crops of each data set.
-PRESETS: dict[str, tuple[float, int, int]] = {
-    "tiny": (640.0, 5, 1),
-    "small": (1600.0, 7, 1),
-    "large": (4800.0, 12, 2),
-}
+PRESETS: dict[str, tuple[float, int, int]] = {"tiny": (640.0, 5, 1), "small": (1600.0, 7, 1), "large": (4800.0, 12, 2)}
 
 #: The classes that a phantom annotates: all scored ones. ER exit sites are always absent.
 PHANTOM_CLASSES: tuple[str, ...] = tuple(c.name for c in CLASSES.values() if c.scored and c.name != "vim")

@@ -14,16 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.decoding.blocks.groups import BLOCKS_KEPT, Group, StoredGroups, gathered, number_trees
-from connectomics.decoding.blocks.pieces import (
-    SIDES,
-    Pieces,
-    StoredBlocks,
-    border,
-    faces_of,
-    numbered,
-    opposite,
-    reach,
-)
+from connectomics.decoding.blocks.pieces import SIDES, Pieces, StoredBlocks, border, faces_of, numbered, opposite, reach
 from connectomics.decoding.prediction import Foreground
 from connectomics.decoding.watershed.forest import NO_FLOOR, Edges, Fragments, Part, fragments
 from connectomics.decoding.watershed.heights import boundary_heights
