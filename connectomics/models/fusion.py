@@ -99,10 +99,9 @@ def onto(features: Tensor, shape: Sequence[int], ratio: Sequence[float]) -> Tens
     Trilinear, edge values beyond. ``ratio``: voxel size of the features over that of the patch, z y x. In torch's
     normalized coordinates (faces at -1 and 1) the patch voxel at u is at u * shape / (ratio * features' shape).
     """
-    scale = [n / (r * m) for n, r, m in zip(shape, ratio, features.shape[2:], strict=True)]
-    theta = torch.diag(torch.tensor(scale[::-1])).to(features.device, non_blocking=True)  # affine_grid takes x, y, z
-    theta = torch.cat([theta, theta.new_zeros(3, 1)], dim=1).expand(features.shape[0], 3, 4)
-    grid = functional.affine_grid(theta, [features.shape[0], 1, *shape], align_corners=False)
+    pairs = zip(shape, ratio, features.shape[2:], strict=True)  # no matrices: they may be multiplied in half precision
+    axes = [((2 * torch.arange(n, device=features.device) + 1) / n - 1) * (n / (r * m)) for n, r, m in pairs]
+    grid = torch.stack(torch.meshgrid(*axes, indexing="ij")[::-1], -1).expand(len(features), *shape, 3)  # x, y, z
     return functional.grid_sample(features.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 

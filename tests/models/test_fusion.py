@@ -37,6 +37,14 @@ def test_what_stands_at_a_voxel_is_of_the_same_place(
     torch.testing.assert_close(moved, plane(shape, voxel), rtol=1e-4, atol=1e-3)
 
 
+def test_places_are_as_exact_in_mixed_precision() -> None:
+    ratio, voxel = (3.3, 3.3, 3.3), (8.0, 8.0, 8.0)
+    given = plane((16, 16, 16), (26.4, 26.4, 26.4))
+    with torch.autocast("cpu", torch.bfloat16):
+        moved = onto(given, (48, 44, 36), ratio)
+    torch.testing.assert_close(moved, plane((48, 44, 36), voxel), rtol=1e-4, atol=1e-3)
+
+
 def test_a_view_wider_than_its_box_repeats_its_edge() -> None:
     moved = onto(plane((4, 4, 4), (1.0, 1.0, 1.0)), (16, 4, 4), (1.0, 1.0, 1.0))
     torch.testing.assert_close(moved[:, :, 0], moved[:, :, 5])
