@@ -25,6 +25,8 @@ from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import write_multiscale
 from connectomics.lightning.devices import set_threads, this_machine
 from connectomics.lightning.module import ConnectomicsModule
+from connectomics.lightning.network import prepare_training
+from connectomics.lightning.output_bias import begin_at_prevalence
 from connectomics.lightning.trainer import build_trainer
 from connectomics.metrics.cellmap_metrics import evaluate_semantic
 from connectomics.pipeline.predict import predict_cellmap_crops
@@ -111,7 +113,8 @@ def configuration(section: Section, root: Path) -> RunConfig:
     place = [
         f"dataset.data_root={root}", f"dataset.datasets=[{DATASET}]", "dataset.crops=null",
         f"dataset.split_file={root / 'split.yaml'}", f"data.cache_dir={section.scratch / 'crops'}",
-        "logging.use_tensorboard=false", "training.max_minutes=null", "training.val_every_n_epochs=1",
+        "logging.use_tensorboard=false", "training.max_minutes=null", f"training.max_epochs={_EPOCHS}",
+        "training.val_every_n_epochs=1",
         "early_stopping.patience=0", f"system.accelerator={'gpu' if section.device == 'cuda' else 'cpu'}",
     ]  # fmt: skip
     small = [*_TINY, "system.num_cpus=1"] if section.tiny else []
@@ -164,9 +167,13 @@ def _train(section: Section, config: RunConfig, rate: float) -> ConnectomicsModu
     config.data.patches_per_epoch = batches * config.data.batch_size
     machine = this_machine(config)
     set_threads(config, 1)
+    if machine.accelerator == "gpu":
+        torch.set_float32_matmul_precision("high")  # as `train` does
     pl.seed_everything(config.system.seed, workers=True, verbose=False)
     module, data = ConnectomicsModule(config), CellMapDataModule(config)
     data.setup("fit")
+    begin_at_prevalence(module, data.first_batches())
+    prepare_training(module.network, config.training)
     curve = Curve(section, reserve, config.data.batch_size)
     build_trainer(config, section.folder("run"), machine=machine, callbacks=[curve]).fit(module, datamodule=data)
     if torch.cuda.is_available():

@@ -16,6 +16,7 @@ from connectomics.data.datamodule import CellMapDataModule
 from connectomics.data.loader import PatchLoader
 from connectomics.lightning.devices import set_threads, this_machine
 from connectomics.lightning.module import ConnectomicsModule
+from connectomics.lightning.network import prepare_training
 from connectomics.lightning.trainer import build_trainer
 from gpu_sections.device import Clock, peak_gb, reset_peak, wait
 
@@ -168,6 +169,7 @@ def measure(config: RunConfig, folder: Path, device: str, turns: Turns) -> Found
     module = ConnectomicsModule(config)
     data = StepData(config, device)
     data.setup("fit")
+    prepare_training(module.network, config.training)
     meter = Meter(data, turns, device)
     meter.watch(module)
     reset_peak(device)

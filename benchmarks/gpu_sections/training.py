@@ -30,7 +30,7 @@ _PARTS = (WAITING, "augmentation", "forward", "loss", "backward", "optimizer", "
 
 
 def run(section: Section) -> None:
-    """Rates for each precision and number of classes, memory with gradient checkpointing, and the parts of a step."""
+    """Rates by precision, classes and memory format, memory with gradient checkpointing, and the parts of a step."""
     with section.row("data", "synthetic crop with 48 classes") as row:
         began = time.monotonic()
         # at the voxel size of the runs: the crop cache holds the same whatever is stored
@@ -38,14 +38,17 @@ def run(section: Section) -> None:
         root = one_large_crop(section.scratch / "root", *sizes)
         row["s"] = time.monotonic() - began
     before = 30.0  # seconds of the row before
-    cases = [("bf16-mixed", 14), ("bf16-mixed", 48), ("16-mixed", 14), ("16-mixed", 48)]
-    for precision, classes in cases[:: 3 if section.tiny else 1]:
+    cases = [
+        ("bf16-mixed", 14, False), ("bf16-mixed", 14, True), ("bf16-mixed", 48, False), ("16-mixed", 14, False),
+        ("16-mixed", 48, False),
+    ]  # fmt: skip
+    for precision, classes, last in cases[:: 4 if section.tiny else 1]:
         parts: dict[str, float] = {}
-        name = f"{precision}, {classes} classes"
+        name = f"{precision}, {classes} classes{', channels last' * last}"
         with section.row("training step", name, **{"real / constant": _RATIO}) as row:
             section.need(0 if section.tiny else before)
             began = time.monotonic()
-            parts = _row(section, root, precision, classes, False, row)
+            parts = _row(section, root, precision, classes, row, channels_last=last)
             before = time.monotonic() - began
         if parts:
             with section.row("where a step's time goes", name) as row:
@@ -56,7 +59,7 @@ def run(section: Section) -> None:
             _loss_alone(section, classes, row)
     with section.row("training step", "bf16-mixed, 14 classes, gradient checkpointing") as row:
         section.need(0 if section.tiny else before)
-        _row(section, root, "bf16-mixed", 14, True, row)
+        _row(section, root, "bf16-mixed", 14, row, checkpointing=True)
     with section.row("two devices", "one step, half of the batch each, against one device with all of it") as row:
         row |= _two_devices(section)
 
@@ -86,10 +89,18 @@ def _loss_alone(section: Section, classes: int, row: dict[str, Any]) -> None:
 
 
 def _row(
-    section: Section, root: Path, precision: str, classes: int, checkpointing: bool, row: dict[str, Any]
+    section: Section,
+    root: Path,
+    precision: str,
+    classes: int,
+    row: dict[str, Any],
+    *,
+    checkpointing: bool = False,
+    channels_last: bool = False,
 ) -> dict[str, float]:
     """Fill in a row; return the seconds of a step by part."""
     config = configuration(section, root, precision, classes)
+    config.training.channels_last = channels_last
     if checkpointing:
         config.model.options["gradient_checkpointing"] = True
     turns = Turns(2, 0.1) if section.tiny else Turns(6, 7.0)

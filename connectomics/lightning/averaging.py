@@ -42,20 +42,21 @@ class AveragedWeights(WeightAveraging):
         assert self._average_model is not None, "training has begun"
         return self._average_model.module.get_submodule("network")
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any, **keywords: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Move the averages after an optimizer step; Lightning's method makes each step wait for a GPU."""
         done, average = self._latest_update_step, self._average_model
         if average is None or trainer.global_step <= done:
             return
         decay = min(self.decay, (1 + done) / (10 + done)) if done else 0.0
-        moved: list[list[Tensor]] = [[], []]
-        copied: list[list[Tensor]] = [[], []]
-        for both in zip(*(chain(of.parameters(), of.buffers()) for of in (average.module, module)), strict=True):
+        moved, copied = ([list[Tensor](), list[Tensor]()] for _ in range(2))
+        for both in zip(*(chain(of.parameters(), of.buffers()) for of in (average.module, pl_module)), strict=True):
             for kept, tensor in zip(moved if decay and both[0].is_floating_point() else copied, both, strict=True):
                 kept.append(tensor.detach().to(both[0].device))
         if moved[0]:
-            get_ema_multi_avg_fn(decay)(*moved, done)
+            get_ema_multi_avg_fn(decay)(moved[0], moved[1], done)
         if copied[0]:
-            torch._foreach_copy_(*copied)
+            torch._foreach_copy_(copied[0], copied[1])
         average.n_averaged += 1
         self._latest_update_step = trainer.global_step

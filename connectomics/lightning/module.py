@@ -150,8 +150,7 @@ class ConnectomicsModule(TrainedNetwork, pl.LightningModule):
             )
         weight = mean_teacher.weight(self.trainer.global_step)
         loss, confident = mean_teacher(batch["unlabeled"], self.network, averages.network)
-        rate = loss.new_full((), weight)
-        logged = {"consistency": loss.detach(), "consistency_weight": rate, "confident": confident}
+        logged = {"consistency": loss.detach(), "consistency_weight": loss.new_full((), weight), "confident": confident}
         return weight * loss, {f"train/{name}": value for name, value in logged.items()}
 
     def on_train_epoch_end(self) -> None:
