@@ -11,10 +11,11 @@ from connectomics.cellmap.catalog import Catalog
 from connectomics.cellmap.crop_table import CropTable
 from connectomics.decoding.label_artifact import unknown_share
 from connectomics.decoding.prediction import find_arrays
-from connectomics.errors import ConnectomicsError, MetadataError
+from connectomics.errors import ConnectomicsError, MetadataError, first_of, number_of
 from connectomics.geometry import VoxelGrid
 from connectomics.io import store
-from connectomics.io.artifacts import marks
+from connectomics.io.artifacts import identity, marks
+from connectomics.io.fingerprint import same_content
 from connectomics.io.multiscale import Multiscale, PlainArray
 from connectomics.metrics.challenge.zarr_v2 import FolderStore, Store, ZipStore
 from connectomics.pages.report.sources import ReportSources
@@ -105,6 +106,23 @@ class Library:
         names = [(crop, name) for crop in self.archive.folders() for name in self.archive.folders(crop)]
         attrs = {key: self.archive.json(f"{'/'.join(key)}/.zattrs") or {} for key in names}
         return {key: marks(found.get("connectomics")) for key, found in attrs.items()}
+
+    def other_predictions(self) -> list[str]:
+        """Return a line if the labels were not made from the probabilities that are shown beside them."""
+        folder, others, shown = self.sources.probabilities, list[str](), self.marks()
+        labels = {(d, c, n): about for d, c, n, about in _attributes(self.sources.labels)}
+        for dataset, crop, name, about in _attributes(folder):
+            source = labels.get((dataset, crop, name), {}).get("made_from", {}).get("probabilities")
+            if source:
+                now = Multiscale.open(store.join(str(folder), f"{dataset}.zarr", crop, name))
+                same = same_content(source, identity(now))
+            else:  # edited labels and submissions only name the network
+                model = marks(about).get("model")
+                same = shown.get((crop, name), {}).get("model", model) == model
+            others += [] if same else [f"{crop}/{name}"]
+        place = self.sources.labels or self.sources.submission
+        made = f"The labels in {place} were not made from the probabilities that {folder} holds now, for "
+        return [f"{made}{number_of(len(others), 'array')} ({first_of(others, 3)})."] if others else []
 
     def item(self, wanted: Wanted) -> Item:
         """Open one class of a crop; raise a `ConnectomicsError` if nothing of it can be shown."""
