@@ -285,7 +285,7 @@ def test_what_an_earlier_merge_left_is_not_packed(tmp_path: Path) -> None:
 
 def test_a_boundary_that_is_left_out(two: tuple[Path, Path], tmp_path: Path) -> None:
     config = load_config(None, ["decoding.classes.mito.boundary=er"])
-    with pytest.raises(MissingError, match=r"no prediction of er at .*, the boundary that mito is decoded with: predict"):
+    with pytest.raises(MissingError, match=r"no prediction of er at .*, the boundary that mito is decoded with"):
         merge([two[0]], out=tmp_path / "x.zip", crops=TABLE, classes=["mito"], config=config)
     merge([two[0]], out=tmp_path / "y.zip", crops=TABLE, config=config)
 

@@ -178,7 +178,7 @@ def section(library: Library, table: Scores | None, options: ReportOptions, step
     """Return all crops with their pictures; ``step`` is called after each class with pictures."""
     try:
         crops = ranked(library.wanted(), table)
-        others = library.other_predictions()
+        others = library.other_sources()
     except ConnectomicsError as error:
         return page.note(f"No pictures: {error}")
     if not crops:
