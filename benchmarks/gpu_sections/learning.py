@@ -111,8 +111,8 @@ def configuration(section: Section, root: Path) -> RunConfig:
     place = [
         f"dataset.data_root={root}", f"dataset.datasets=[{DATASET}]", "dataset.crops=null",
         f"dataset.split_file={root / 'split.yaml'}", f"data.cache_dir={section.scratch / 'crops'}",
-        "logging.use_tensorboard=false", "training.val_every_n_epochs=1", "early_stopping.patience=0",
-        f"system.accelerator={'gpu' if section.device == 'cuda' else 'cpu'}",
+        "logging.use_tensorboard=false", "training.max_minutes=null", "training.val_every_n_epochs=1",
+        "early_stopping.patience=0", f"system.accelerator={'gpu' if section.device == 'cuda' else 'cpu'}",
     ]  # fmt: skip
     small = [*_TINY, "system.num_cpus=1"] if section.tiny else []
     return load_config(RECIPE, [*place, *small])

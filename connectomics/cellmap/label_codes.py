@@ -168,7 +168,10 @@ class LabelStates:
         rows = np.ascontiguousarray(array).reshape(len(array), -1)
         soft = 2 * words + len(instances)  # first column of the fractions
         ids = rows[:, 2 * words : soft].copy() if instances else None
-        fractions = _unpacked(rows[:, soft:], len(classes)) if rows.shape[1] > soft else None
+        fractions = None
+        if rows.shape[1] > soft:
+            bytes_of = [rows[:, soft + c // 8] >> np.uint64(8 * (c % 8)) & np.uint64(255) for c in range(len(classes))]
+            fractions = np.stack(bytes_of, axis=1).astype(np.uint8)
         present, known = rows[:, :words].copy(), rows[:, words : 2 * words].copy()
         return cls(tuple(classes), present, known, tuple(instances), ids, fractions)
 
@@ -253,12 +256,6 @@ def _packed(fractions: NDArray[np.uint8]) -> NDArray[np.uint64]:
     for channel, values in enumerate(fractions):
         words[channel // 8] |= values.astype(np.uint64) << np.uint64(8 * (channel % 8))
     return words
-
-
-def _unpacked(words: NDArray[np.uint64], n_classes: int) -> NDArray[np.uint8]:
-    """Unpack words of states (K, F) into bytes (K, C)."""
-    bytes_of = [words[:, c // 8] >> np.uint64(8 * (c % 8)) & np.uint64(255) for c in range(n_classes)]
-    return np.stack(bytes_of, axis=1).astype(np.uint8)
 
 
 def code_dtype(n_states: int) -> np.dtype[np.unsignedinteger]:

@@ -174,8 +174,9 @@ def arrays_needed(crop: Crop, classes: Sequence[str]) -> dict[str, LabelArray]:
     for name in classes:
         if name not in CLASSES:
             continue  # a class of the user: no other array tells about it
-        if name in crop.labels and _is_complete(crop, crop.labels[name]):
-            continue
+        own = crop.labels.get(name)
+        if own and own.annotation.fully_known and own.grid.box.contains(crop.box, 1e-3 * min(own.grid.voxel_size)):
+            continue  # it covers the whole crop and leaves nothing unknown
         atoms = set(atoms_of(name))
         for other, label in crop.labels.items():
             known = CLASSES.get(other)
@@ -191,12 +192,6 @@ def _block_shape(arrays: Mapping[str, LabelArray], grid: VoxelGrid) -> tuple[int
         most = max(most, float(np.prod(np.maximum(1.0, np.divide(grid.voxel_size, label.grid.voxel_size)))))
     edge = int(np.clip((_SOURCE_VOXELS / most) ** (1 / 3), 8, 64))
     return edge, edge, edge
-
-
-def _is_complete(crop: Crop, label: LabelArray) -> bool:
-    """Whether the array covers the whole crop and leaves nothing unknown."""
-    covers = label.grid.box.contains(crop.box, tolerance=1e-3 * min(label.grid.voxel_size))
-    return covers and label.annotation.fully_known
 
 
 def _read_block(arrays: Mapping[str, LabelArray], block: VoxelGrid, with_ids: Sequence[str]) -> dict[str, Reading]:

@@ -92,11 +92,7 @@ def _print_plans(found: Plans) -> None:
         for facts in data.classes
     ]  # fmt: skip
     terminal.table(["class", "crops", "present um^3", "of known", "mean chord nm", "asked at nm"], rows)
-    low, middle, high = data.gray
-    print(
-        f"{number_of(data.crops, 'crop')}, {data.volume_um3:.3g} um^3; "
-        f"raw {data.raw_dtype}, {low:.0f} / {middle:.0f} / {high:.0f}"
-    )
+    print(f"{number_of(data.crops, 'crop')}, {data.volume_um3:.3g} um^3; raw {data.raw_dtype}")
     gpu = machine.gpu or "no GPU"
     cores = number_of(machine.cores, "core")
     print(f"{cores}, {machine.memory / 1e9:.0f} GB, {gpu}, {machine.disk / 1e9:.0f} GB of disk free")

@@ -198,7 +198,9 @@ class EditTask(LabelsTask):
         for first, shape in _boxes(begin, end, whole):
             here = reader.read(first, shape)[edit.class_name] == edit.ids[0]
             place = tuple((f - b) // s for f, b, s in zip(first, begin, stride, strict=True))
-            cells = _any_in_cells(here, stride)
+            cells = here
+            for axis, cell in enumerate(stride):
+                cells = np.logical_or.reduceat(cells, np.arange(0, cells.shape[axis], cell), axis=axis)
             mask[slices_of(place, cells.shape)] |= cells
         seeds = []
         for seed in edit.seeds:
@@ -272,12 +274,6 @@ def _boxes(begin: Index, end: Index, block: Sequence[int]) -> Iterator[tuple[Ind
     for number in range(len(lattice)):
         (z, y, x), shape = lattice.region(number)
         yield (z + begin[0], y + begin[1], x + begin[2]), shape
-
-
-def _any_in_cells(mask: NDArray[np.bool_], stride: Index) -> NDArray[np.bool_]:
-    for axis, step in enumerate(stride):
-        mask = np.logical_or.reduceat(mask, np.arange(0, mask.shape[axis], step), axis=axis)
-    return mask
 
 
 def _added(blocks: Sequence[Mapping[str, NDArray[Any]]]) -> tuple[NDArray[np.uint64], Pieces]:

@@ -46,7 +46,8 @@ def begin_at_prevalence(
     kept = set(keep)
     if given == "prevalence":
         shares = channel_shares(module, batches)
-        values = {name: _logit(share) for name, share in zip(names, shares, strict=True) if not math.isnan(share)}
+        logits = torch.logit(torch.tensor(shares, dtype=torch.float64), eps=_LEAST).tolist()
+        values = {name: bias for name, bias in zip(names, logits, strict=True) if not math.isnan(bias)}
     else:
         values = dict.fromkeys(names[: len(module.classes)], float(given))
     values = {name: value for name, value in values.items() if name not in kept}
@@ -108,11 +109,6 @@ def output_biases(module: ConnectomicsModule) -> list[nn.Parameter]:
             "does not have; set model.init_bias=null"
         )
     return found
-
-
-def _logit(share: float) -> float:
-    clipped = min(max(share, _LEAST), 1 - _LEAST)
-    return math.log(clipped / (1 - clipped))
 
 
 def _outputs(network: nn.Module, images: list[Tensor]) -> list[Tensor]:

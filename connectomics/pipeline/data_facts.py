@@ -1,4 +1,4 @@
-"""Measure a data root: voxel sizes, extents, volume and thickness of each class, range of raw.
+"""Measure a data root: voxel sizes, extents, volume and thickness of each class.
 
 Thickness is the mean chord: the mean length of the runs of present voxels along the three axes. For convex bodies it is
 4 V / S (Cauchy; a ball of diameter d has 2 d / 3). It needs no surfaces. With instance IDs, a run ends where another
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from connectomics.cellmap.catalog import Catalog, Crop, LabelArray
 from connectomics.cellmap.crop_table import CropTable
 from connectomics.data.contents import said_counts
-from connectomics.geometry import Triple, VoxelGrid, triple
+from connectomics.geometry import Triple, triple
 from connectomics.progress import Progress, silent
 
 _MOST_CROPS = 12  # most crops whose thickness is measured per class, spread over the data sets
@@ -52,8 +52,7 @@ class DataFacts:
     Attributes:
         raw_nm: smallest side of the finest raw voxels, nm.
         raw_voxel: finest raw voxels, nm, z y x, if all data sets have the same; None if they differ.
-        extents_nm: median size of the crops, z y x.
-        gray: 1st, 50th, 99th percentile of raw in the crops.
+        extents_nm, raw_extents_nm: median size of the crops and of the raw around them, z y x.
     """
 
     crops: int
@@ -61,8 +60,8 @@ class DataFacts:
     raw_nm: float
     raw_voxel: Triple | None
     raw_dtype: str
-    gray: tuple[float, float, float]
     extents_nm: Triple
+    raw_extents_nm: Triple
     classes: tuple[ClassFacts, ...]
 
 
@@ -77,7 +76,8 @@ def data_facts(
     test_sizes: dict[str, list[float]] = {}
     for row in CropTable.challenge():
         test_sizes.setdefault(row.class_name, []).append(min(row.grid.voxel_size))
-    finest = np.array([crop.raw_source.levels[0].grid.voxel_size for crop in crops])
+    raws = [crop.raw_source.levels[0].grid for crop in crops]
+    finest = np.array([grid.voxel_size for grid in raws])
     facts = []
     for number, name in enumerate(classes):
         facts.append(_class_facts(name, crops, test_sizes.get(name)))
@@ -86,8 +86,8 @@ def data_facts(
         crops=len(crops), volume_um3=float(np.prod(extents, axis=1).sum() / 1e9), raw_nm=float(finest.min()),
         raw_voxel=triple(finest[0]) if np.allclose(finest, finest[0], rtol=0.01) else None,
         raw_dtype=str(crops[0].raw_source.levels[0].dtype),
-        gray=_gray_percentiles([crops[number] for number in across_datasets(crops)[:_MOST_CROPS]]),
-        extents_nm=triple(np.median(extents, axis=0)), classes=tuple(facts),
+        extents_nm=triple(np.median(extents, axis=0)),
+        raw_extents_nm=triple(np.median([grid.box.extent for grid in raws], axis=0)), classes=tuple(facts),
     )  # fmt: skip
 
 
@@ -164,18 +164,3 @@ def _run_starts(ids: NDArray[Any], before: NDArray[Any] | None) -> tuple[NDArray
             touches += int(np.count_nonzero(begun & (ends != 0)))
         found.append(starts)
     return np.asarray(found), touches
-
-
-def _gray_percentiles(crops: Sequence[Crop]) -> tuple[float, float, float]:
-    """Return the 1st, 50th and 99th percentile of raw in the middle of some crops."""
-    values = []
-    for crop in crops:
-        source = crop.raw_source
-        size = source.levels[source.level_for((16.0,) * 3)].grid.voxel_size
-        grid = VoxelGrid.covering(crop.box, size)
-        shape = [min(n, 64) for n in grid.shape]
-        raw, inside = source.read_raw(grid.crop([(n - s) // 2 for n, s in zip(grid.shape, shape, strict=True)], shape))
-        values.append(raw[inside])
-    gray = np.concatenate(values)
-    low, middle, high = np.percentile(gray, [1, 50, 99]) if gray.size else (0, 0, 0)
-    return float(low), float(middle), float(high)

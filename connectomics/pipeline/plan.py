@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from connectomics.config import EPOCH_PATCHES, RunConfig, config_from_dict
 from connectomics.errors import InputError
 from connectomics.io.replacing import contains, require_own
@@ -252,7 +254,7 @@ def _plan(
     if machine.gpu is None:
         _choose_2d(plan, stem, voxel, data, machine, minutes)
     else:
-        _choose_3d(plan, data, machine, minutes)
+        _choose_3d(plan, voxel, data, machine, minutes)
     for facts, _ in group:
         if facts.touching > TOUCHING:
             _choose_instances(plan, facts, planes=machine.gpu is None)
@@ -301,19 +303,34 @@ def _choose_2d(
         plan.choose("data.intensity", {"invert": {"prob": 0.3}}, reason)
 
 
-def _choose_3d(plan: Plan, data: DataFacts, machine: MachineFacts, minutes: float | None) -> None:
-    gb, size = machine.gpu_memory / 1e9, plan.voxel_nm
-    letter = "B" if gb >= 24 else "S"
-    plan.choose("model.architecture", "mednext", f"{machine.gpu} with {gb:.0f} GB")
-    plan.choose("model.mednext_size", letter, "10.5 M weights" if letter == "B" else "5.6 M weights, for less memory")
+def _choose_3d(
+    plan: Plan, voxel: Sequence[float], data: DataFacts, machine: MachineFacts, minutes: float | None
+) -> None:
+    gb, large = machine.gpu_memory / 1e9, machine.gpu_memory >= 24e9 and minutes is None
+    sections = voxel[0] / voxel[1]  # thickness in pixels
+    if sections > 1:
+        reason = f"{machine.gpu} with {gb:.0f} GB; sections are {sections:.1f} times as thick as pixels"
+        plan.choose("model.architecture", "residual_unet", reason)
+        options = {"size": "M" if large else "S", "strides": "auto"}
+        plan.choose("model.options", options, "strides and kernels of each stage by the voxel size (docs/networks.md)")
+        units = (4, 32, 32)
+    else:
+        plan.choose("model.architecture", "mednext", f"{machine.gpu} with {gb:.0f} GB")
+        reason = "10.5 M weights" if large else "5.6 M weights: less memory, and more steps in a given time"
+        plan.choose("model.mednext_size", "B" if large else "S", reason)
+        units = (16, 16, 16)
     plan.choose("training.precision", "bf16-mixed", "half the memory of float32, with its range")
     edge = 128 if machine.gpu_memory >= 12e9 else 96 if machine.gpu_memory >= 8e9 else 64
-    if edge * size < _VIEW_NM / 2:
-        plan.reasons.append(f"a patch is {edge * size:.0f} nm wide; for more context add a coarser input (data.inputs)")
-    extents = "x".join(f"{v:.0f}" for v in data.extents_nm)
-    plan.choose("data.patch_size", [edge] * 3, f"{edge * size:.0f} nm wide; crops are {extents} nm (median)")
-    if edge >= 96:
+    wanted = edge * np.array([sections ** (-2 / 3), sections ** (1 / 3), sections ** (1 / 3)])  # as wide along all axes
+    sides = np.minimum(wanted, np.divide(data.raw_extents_nm, voxel))
+    patch = [max(unit, round(side / unit) * unit) for unit, side in zip(units, sides.tolist(), strict=True)]
+    wide = "x".join(f"{n * size:.0f}" for n, size in zip(patch, voxel, strict=True))
+    plan.choose("data.patch_size", patch, f"{wide} nm, about the same along all axes, as far as there is raw")
+    if patch[-1] * voxel[-1] < _VIEW_NM / 2:
+        plan.reasons.append(f"for more context than {wide} nm, add a coarser input (data.inputs)")
+    if min(patch) >= 96 and sections == 1:
         plan.reasons.append("windows of 208 voxels predict larger volumes, at 1.3 times their voxels (docs/guide.md)")
+    plan.choose("inference.tta", "flips", "the mean over eight mirror images, for eight times the time; none is faster")
     plan.choose("data.batch_size", 1, "a starting point")
     plan.choose("data.patches_per_epoch", EPOCH_PATCHES, "the default")
     if minutes is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from connectomics.errors import InputError
@@ -11,32 +12,53 @@ from connectomics.errors import InputError
 if TYPE_CHECKING:
     from connectomics.pipeline.plan import MachineFacts, Plan
 
+_LARGEST_BATCH = 64
+_VALIDATIONS = 20  # of a training with a time limit
+
 
 def try_step(plan: Plan, machine: MachineFacts) -> None:
     """Measure one training step and store its batch size, seconds and memory in the plan.
 
-    On a GPU, the batch is the largest that fits in memory (doubling, then bisection); on the CPU, that of the plan.
+    On a GPU, the batch is the one of `choose_batch`; on the CPU, that of the plan.
+    """
+    if machine.gpu is None:
+        plan.step_seconds, plan.step_memory = _step(plan, int(plan.settings["data.batch_size"]))
+    else:
+        choose_batch(plan, lambda batch: _step(plan, batch))
+
+
+def choose_batch(plan: Plan, step: Callable[[int], tuple[float, int]]) -> None:
+    """Choose the smallest batch that keeps the GPU busy, and how often to validate if the training has a time.
+
+    More steps with fewer patches train better than fewer steps with more (docs/recipe.md).
+
+    Args:
+        step: returns the seconds and the bytes of a training step with so many patches; may raise torch's
+            `OutOfMemoryError`.
     """
     import torch
 
-    batch = int(plan.settings["data.batch_size"])
-    if machine.gpu is None:
-        plan.step_seconds, plan.step_memory = _step(plan, batch)
-        return
-    fits, fails = 0, 0
-    while fails - fits > 1 or (fails == 0 and batch <= 64):
+    from connectomics.inference.predict_worker import best_batch
+
+    tried: dict[int, tuple[float, int]] = {}
+
+    def seconds(batch: int) -> float:
         try:
-            plan.step_seconds, plan.step_memory = _step(plan, batch)
-            fits = batch
-        except torch.OutOfMemoryError:
+            tried[batch] = step(batch)
+        except torch.OutOfMemoryError as error:
             torch.cuda.empty_cache()
-            fails = batch
-        batch = (fits + fails) // 2 if fails else 2 * batch
-    if fits == 0:
-        raise InputError(
-            f"{plan.name}: not even one patch of {plan.settings['data.patch_size']} fits into the GPU's memory"
-        )
-    plan.choose("data.batch_size", fits, "the largest batch that fits in GPU memory, by trial")
+            if batch > 1:
+                raise
+            patch = plan.settings["data.patch_size"]
+            raise InputError(f"{plan.name}: not even one patch of {patch} fits into the GPU's memory") from error
+        return tried[batch][0]
+
+    batch = best_batch(seconds, _LARGEST_BATCH)
+    plan.step_seconds, plan.step_memory = tried[batch]
+    plan.choose("data.batch_size", batch, "larger batches give hardly more patches per second, or do not fit, by trial")
+    if (minutes := plan.settings.get("training.max_minutes")) is not None:
+        steps = max(1, round(60 * minutes / plan.step_seconds / _VALIDATIONS))
+        plan.choose("data.patches_per_epoch", steps * batch, f"about {_VALIDATIONS} validations in {minutes:g} minutes")
 
 
 def _step(plan: Plan, batch: int) -> tuple[float, int]:

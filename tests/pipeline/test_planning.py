@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from connectomics.cellmap import catalog
 from connectomics.cellmap.catalog import Catalog
@@ -16,9 +17,10 @@ from connectomics.config import load_config
 from connectomics.errors import InputError
 from connectomics.geometry import Box, VoxelGrid
 from connectomics.inference.windows import window_for
+from connectomics.pipeline.challenge_plan import forward_flops
 from connectomics.pipeline.data_facts import across_datasets, data_facts
 from connectomics.pipeline.plan import MachineFacts, hours, propose
-from connectomics.pipeline.trial_step import try_step
+from connectomics.pipeline.trial_step import choose_batch, try_step
 from tests.cellmap.roots import grid_of, write_label, write_raw
 
 CPU = MachineFacts(cores=4, memory=16 << 30, gpu=None, gpu_memory=0, disk=100 << 30)
@@ -120,7 +122,7 @@ def test_thin_classes_are_fine_and_large_ones_coarse(balls: Path) -> None:
 
 def test_the_machine_decides_the_network(balls: Path) -> None:
     data = data_facts(str(balls), ["nuc"])
-    (large,), (small,) = propose(data, H200, "r"), propose(data, CPU, "r")
+    (large,), (small,) = propose(replace(data, raw_extents_nm=(1e5,) * 3), H200, "r"), propose(data, CPU, "r")
     assert large.settings["model.mednext_size"] == "B"
     assert large.settings["data.patch_size"] == [128] * 3
     assert window_for(large.config(), Box((0, 0, 0), (1e5, 1e5, 1e5)))[0] == (208, 208, 208)
@@ -138,6 +140,8 @@ def test_the_machine_decides_the_network(balls: Path) -> None:
     (timed,) = propose(data, H200, "r", minutes=30)
     assert hours(timed) == pytest.approx(0.5)
     assert timed.settings["training.max_epochs"] == -1
+    assert timed.settings["model.mednext_size"] == "S", "more steps in the time"
+    assert timed.settings["data.patch_size"] == [32] * 3, "not much wider than the raw, 28 voxels of 16 nm"
     (full,) = propose(data, replace(CPU, disk=1000), "r")
     assert full.settings["data.cache"] == "none"
     with pytest.raises(InputError, match="nothing to learn"):
@@ -175,6 +179,32 @@ def test_thick_sections_stay_as_they_are(tmp_path: Path) -> None:
     assert found.settings["dataset.voxel_size"][1] == found.settings["dataset.voxel_size"][2] <= 8.0
     assert all(text.lstrip("-")[0] == "z" for text in found.settings["inference.tta"])
     assert found.config().data.patch_size[0] == 1
+    (on_gpu,) = propose(replace(data, raw_extents_nm=(800.0, 4000.0, 4000.0)), H200, "r")
+    assert on_gpu.settings["model.architecture"] == "residual_unet"
+    z, y, x = on_gpu.settings["data.patch_size"]
+    assert z == 20, "all sections"
+    assert y == x
+    assert y % 32 == 0
+    assert y == pytest.approx(128 * (40 / on_gpu.voxel_nm) ** (1 / 3), abs=16), "as many voxels as a cube of 128"
+    assert forward_flops(on_gpu.config()) > 0, "the network takes such patches"
+
+
+@pytest.mark.parametrize(("memory", "batch"), [(100, 4), (3, 1)])
+def test_the_batch_is_the_smallest_that_keeps_a_gpu_busy(balls: Path, memory: int, batch: int) -> None:
+    """A GPU that does four patches as fast as one, and not more; if memory ends, half of what fits is left free."""
+
+    def step(patches: int) -> tuple[float, int]:
+        if patches > memory:
+            raise torch.OutOfMemoryError
+        return 0.5 * max(1, patches / 4), patches
+
+    (plan,) = propose(data_facts(str(balls), ["nuc"]), H200, "r", minutes=10)
+    choose_batch(plan, step)
+    assert (plan.settings["data.batch_size"], plan.step_seconds, plan.step_memory) == (batch, 0.5, batch)
+    assert plan.settings["data.patches_per_epoch"] == 60 * batch, "1,200 steps in all, 20 validations"
+    memory = 0
+    with pytest.raises(InputError, match="not even one patch of"):
+        choose_batch(plan, step)
 
 
 def test_what_is_written_trains(

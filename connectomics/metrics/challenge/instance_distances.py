@@ -57,7 +57,8 @@ class Distances:
         identical = _identical(overlaps, matched) & (second == 0)
         distances[identical] = 0.0
         # A face of one box that lies beyond the other's is a voxel at least that far from the other mask.
-        distances[compared & _beyond(overlaps.truth_boxes, found, voxel_size, cap)] = cap
+        apart = np.abs(overlaps.truth_boxes.astype(np.int64) - found) * np.repeat(np.asarray(voxel_size), 2)
+        distances[compared & (apart >= cap).any(axis=1)] = cap
         budget = MemoryBudget(self.pair.scratch_bytes)
 
         def one(row: int) -> None:
@@ -121,12 +122,6 @@ def _union(a: NDArray[np.int32], b: NDArray[np.int32]) -> NDArray[np.int32]:
     union = np.maximum(a, b)
     union[:, ::2] = np.minimum(a[:, ::2], b[:, ::2])
     return union
-
-
-def _beyond(truth: NDArray[np.int32], found: NDArray[np.int32], voxel_size: Triple, cap: float) -> NDArray[np.bool_]:
-    """Return whether some faces of two boxes (N, 6) are at least ``cap`` nm apart."""
-    apart = np.abs(truth.astype(np.int64) - found) * np.repeat(np.asarray(voxel_size), 2)
-    return np.asarray((apart >= cap).any(axis=1))
 
 
 def _identical(overlaps: Overlaps, matched: NDArray[np.int64]) -> NDArray[np.bool_]:
