@@ -298,17 +298,10 @@ def _code(run: Run) -> str:
 
 def _described(run: Run) -> dict[str, Any]:
     return {
-        "folder": str(run.folder),
-        "state": run.state.name,
-        "note": run.state.note,
-        "started": run.started.isoformat(),
-        "epochs": run.epochs,
-        "monitor": run.monitor,
-        "best": run.best,
-        "metrics": dict(run.metrics),
-        "checkpoint": None if run.checkpoint is None else str(run.checkpoint),
-        "environment": dict(run.environment),
-    }
+        "folder": str(run.folder), "state": run.state.name, "note": run.state.note, "started": run.started.isoformat(),
+        "epochs": run.epochs, "monitor": run.monitor, "best": run.best, "metrics": dict(run.metrics),
+        "checkpoint": None if run.checkpoint is None else str(run.checkpoint), "environment": dict(run.environment),
+    }  # fmt: skip
 
 
 def package(

@@ -33,7 +33,7 @@ from connectomics.decoding.label_artifact import TABLE_FILE, write_table
 from connectomics.decoding.parameters import METHODS
 from connectomics.errors import InputError, MetadataError
 from connectomics.geometry import Index, Triple, index, slices_of
-from connectomics.io.artifacts import identity, require_complete
+from connectomics.io.artifacts import about, identity, require_complete
 from connectomics.io.fingerprint import fingerprint
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import ArrayWriter
@@ -71,12 +71,15 @@ class EditTask(LabelsTask):
         return {name: Multiscale.open(places[name]) for name in self.classes}
 
     def made_from(self) -> dict[str, str]:
-        edits = hashlib.sha256("\n".join(e.to_json() for e in linked(self.edits, self.class_name)[1]).encode())
         labels = {  # other programs may draw in them, and leave the ID
             f"labels of {name}": f"{identity(source)}-{fingerprint(source, with_location=False)[:16]}"
             for name, source in self.sources.items()
         }
-        return {**labels, "edits": edits.hexdigest()[:16]}
+        return {**labels, "edits": self._hash()}
+
+    def _hash(self, before: str = "") -> str:
+        edits = "\n".join(e.to_json() for e in linked(self.edits, self.class_name)[1])
+        return hashlib.sha256((before + edits).encode()).hexdigest()[:16]
 
     def settings(self) -> dict[str, Any]:
         return {name: value for name, value in super().settings().items() if name != "edits"}  # see `made_from`
@@ -119,8 +122,9 @@ class EditTask(LabelsTask):
         return len(ids)
 
     def further_attrs(self) -> dict[str, Any]:
+        before = about(self.input).get("edited", "")  # labels that were edited before stay so
         if not self.edits:
-            return {}
+            return {"edited": before} if before else {}
         steps = [(step, as_dict(step)) for step in self.steps]
         if self.parameters.kind != "semantic":
             ids, found = _added([self.tables.load(number) for number in range(len(self.lattice))])
@@ -128,7 +132,7 @@ class EditTask(LabelsTask):
             for step, said in steps:
                 if step.new and (step.edit.to or step.edit.class_name) == self.class_name:
                     said["voxels"] = sizes.get(step.new, 0)
-        return {"edits": [said for _, said in steps]}
+        return {"edits": [said for _, said in steps], "edited": self._hash(before)}
 
     def label_cost(self, stage: str) -> Cost:
         voxels, read = self.largest_block, len(self.classes)

@@ -106,18 +106,10 @@ def label_attrs(
     source: what the probabilities were made from; its ``unknown`` holds for the labels too. objects: a mask: 0 or 1.
     """
     return {
-        "artefact": "labels",
-        "class_name": class_name,
-        "kind": parameters.kind,
-        "grid": grid.to_dict(),
-        "version": __version__,
-        "decode": plain(parameters),
-        "source": dict(source),
-        **provenance.to_dict(),
-        "objects": objects,
-        **({"unknown": source["unknown"]} if "unknown" in source else {}),
-        "complete": True,
-    }
+        "artefact": "labels", "class_name": class_name, "kind": parameters.kind, "grid": grid.to_dict(),
+        "version": __version__, "decode": plain(parameters), "source": dict(source), **provenance.to_dict(),
+        "objects": objects, **({"unknown": source["unknown"]} if "unknown" in source else {}), "complete": True,
+    }  # fmt: skip
 
 
 def inputs_of(location: str, parameters: DecodeParameters) -> dict[str, str]:

@@ -58,7 +58,13 @@ def trained_on(said: Mapping[str, Any]) -> bool:
 def open_boundary(source: Multiscale, parameters: DecodeParameters) -> Multiscale | None:
     """Open what separates the objects of a class, given its opened probabilities; None if nothing does."""
     if parameters.boundary:
-        location = store.join(source.location.rstrip("/").rpartition("/")[0], parameters.boundary)
+        crop, _, name = source.location.rstrip("/").rpartition("/")
+        location = store.join(crop, parameters.boundary)
+        if not store.exists(location):
+            raise MissingError(
+                f"no prediction of {parameters.boundary} at {location}, the boundary that {name} is decoded with: "
+                f"predict (merge) it with {name}, or leave decoding.classes.{name}.boundary out"
+            )
         return _open(location, "probability")
     return StoredHead.open(source, "boundary").source if parameters.has_boundary else None
 

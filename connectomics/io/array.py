@@ -34,16 +34,15 @@ from connectomics.io.sharded import ABSENT
 from connectomics.io.store import exists, list_objects, object_exists, read_attrs, read_json
 
 # The keys of each numcodecs compressor that tensorstore accepts; it refuses any other ("checksum").
-_COMPRESSOR_KEYS = {
-    "zstd": ("id", "level"),
+_COMPRESSOR_KEYS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("zstd", "zlib", "gzip", "bz2"), ("id", "level")),
     "blosc": ("id", "cname", "clevel", "shuffle", "blocksize"),
-    "zlib": ("id", "level"),
-    "gzip": ("id", "level"),
-    "bz2": ("id", "level"),
 }
 
 # A row of at least so many chunks is listed, not asked for one by one; on S3 if the whole row fits one listing page.
 _LISTED, _LISTED_S3, _PAGE = 16, 4, 1000
+#: What tensorstore writes before a reason, with the file.
+_FAILED = re.compile(r'(?:[A-Z_]+: )?Error reading (?:shard entry .{0,80}? in )?(?:local file )?"([^"]+)"(?:: )?')
 
 
 class StoredArray:
@@ -310,7 +309,7 @@ class StoredArray:
 
     def _read_error(self, error: Exception) -> Exception:
         text = one_line(error)
-        named = re.search(r'Error reading (?:local file )?"([^"]+)"', text)
+        named = _FAILED.search(text)
         bucket, key = split_s3(self.location) if is_s3(self.location) else ("", self.location)
         key = named.group(1) if named else key
         found = f"s3://{bucket}/{key}" if bucket else key
@@ -373,10 +372,7 @@ def _no_array(location: str, meta: dict[str, Any] | None, options: StoreOptions)
 
 
 def _check_blosc(path: str, metadata: dict[str, Any]) -> None:
-    """Raise `CorruptDataError` for a truncated Blosc chunk of a Zarr v2 array.
-
-    numcodecs trusts the length in the header and would read beyond the bytes.
-    """
+    """Raise `CorruptDataError` for a truncated Blosc chunk (Zarr v2), beyond whose bytes numcodecs would read."""
     with open(path, "rb") as handle:
         header = handle.read(16)
         stored = os.fstat(handle.fileno()).st_size
@@ -387,7 +383,9 @@ def _check_blosc(path: str, metadata: dict[str, Any]) -> None:
 
 
 def _corrupt(where: str, reason: str) -> CorruptDataError:
-    return CorruptDataError(f"cannot decode a chunk of {where}: {reason}; fetch or write that chunk again")
+    reason = _FAILED.sub("", reason).split("; ")[0][:100]
+    what = f"it is truncated or damaged ({reason}); remove it, then fetch or write it again"
+    return CorruptDataError(f"cannot decode a chunk of {where}: {what}")
 
 
 def _unreadable(where: str, reason: str) -> StoreError:

@@ -109,12 +109,13 @@ def identity(source: Multiscale) -> str:
 
 def marks(said: Any) -> dict[str, str]:
     """Return what identifies an array, as far as its attribute ``connectomics`` says so: its ``id``, and hashes of the
-    ``model`` and of ``decode``. Arrays of a submission have the same hashes, but no ID."""
+    ``model``, of ``decode`` and of edits (``edited``). Arrays of a submission have the same hashes, but no ID."""
     said = said if isinstance(said, Mapping) else {}
     made = {"model": said.get("source", said).get("model"), "decode": said.get("decode")}
     found = {name: json.dumps(portable(value), sort_keys=True) for name, value in made.items() if value}
     hashes = {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in found.items()}
-    return hashes | ({"id": str(said["id"])} if said.get("id") else {})
+    edited = {"edited": str(said.get("edited", ""))} if hashes else {}
+    return hashes | edited | ({"id": str(said["id"])} if said.get("id") else {})
 
 
 def portable(value: Any) -> Any:

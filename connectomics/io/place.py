@@ -9,6 +9,7 @@ in an order in which a killed run can repeat them.
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import json
 import os
 import re
@@ -198,7 +199,8 @@ def remove_tree(path: Path, keep: Collection[str] = ()) -> None:
 
 
 def move_tree(finished: S3Path, location: S3Path) -> None:
-    """Move a finished Zarr group, which replaces what is at ``location``: the store copies object by object.
+    """Move a finished Zarr group, which replaces what is at ``location``: the store copies object by object, and files
+    of the group itself after its arrays, so that a table is not older than its labels.
 
     Until the last object is copied, the group at ``location`` says that it is not complete. A killed run can repeat
     this: `TASK_FILE` of the finished group is only removed once all is in place.
@@ -208,10 +210,11 @@ def move_tree(finished: S3Path, location: S3Path) -> None:
     name = "zarr.json" if (finished / "zarr.json").is_file() else ".zattrs"
     (location / name).put(_incomplete((finished / name).read_bytes()))
     remove_tree(location, keep=(name, TASK_FILE))
-    for page in s3.pages(bucket, source, DEFAULT_OPTIONS):
-        keys = [key for key, *_ in page if key != f"{source}/{name}"]
+    own = [key for key, *_ in s3.files(bucket, source, DEFAULT_OPTIONS) if key != f"{source}/{name}"]
+    pages = s3.pages(bucket, source, DEFAULT_OPTIONS)
+    arrays = ([key for key, *_ in page if "/" in key[len(source) + 1 :]] for page in pages)
+    for keys in itertools.chain(arrays, (own, [f"{source}/{name}"])):
         s3.in_parallel(lambda key: s3.copy(bucket, key, target + key[len(source) :], DEFAULT_OPTIONS), keys)
-    s3.copy(bucket, f"{source}/{name}", f"{target}/{name}", DEFAULT_OPTIONS)
     (finished / TASK_FILE).unlink()
     remove_tree(finished)
 

@@ -17,7 +17,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
@@ -193,6 +193,16 @@ def pages(bucket: str, key: str, options: StoreOptions) -> Iterator[list[tuple[s
     while page := _asked(ask, bucket, key, options):
         yield page
         last = max(item[0] for item in page)
+
+
+def newest(bucket: str, key: str, options: StoreOptions) -> datetime | None:
+    """Return when the last of the objects below ``key`` was written, or the object itself; None if there is none."""
+
+    def ask(store: S3Store) -> datetime:
+        times = (item["last_modified"] for page in store.list(f"{key}/", chunk_size=1000) for item in page)
+        return max(times, default=None) or store.head(key)["last_modified"]
+
+    return _asked(ask, bucket, key, options)
 
 
 def in_parallel(ask: Callable[[T], R], items: Sequence[T]) -> list[R]:

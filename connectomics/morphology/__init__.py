@@ -10,14 +10,6 @@ from connectomics.morphology.mesh_surface import Mesh, mesh_object
 from connectomics.morphology.mesh_task import MeshTask
 
 __all__ = [
-    "ContactSpec",
-    "Contacts",
-    "ContactsTask",
-    "Instances",
-    "MeasureTask",
-    "Mesh",
-    "MeshTask",
-    "measure_contacts",
-    "measure_instances",
-    "mesh_object",
-]
+    "ContactSpec", "Contacts", "ContactsTask", "Instances", "MeasureTask", "Mesh", "MeshTask", "measure_contacts",
+    "measure_instances", "mesh_object",
+]  # fmt: skip

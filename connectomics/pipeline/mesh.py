@@ -12,9 +12,11 @@ import numpy as np
 
 from connectomics.decoding.label_artifact import TABLE_FILE as INSTANCE_TABLE
 from connectomics.errors import InputError, UnknownNameError, unknown_name
+from connectomics.io import s3
 from connectomics.io.location import absolute
 from connectomics.io.place import S3Path, output_place, remove_tree
 from connectomics.io.place import place as place_of
+from connectomics.io.store import DEFAULT_OPTIONS, split_s3
 from connectomics.io.tables import read_columns
 from connectomics.morphology.mesh_task import TABLE_FILE, MeshTask
 from connectomics.pipeline.measure import open_labels, run_tasks
@@ -133,8 +135,11 @@ def mesh_tasks(
 
 
 def _is_current(table: Path) -> bool:
-    """Whether an instance table exists, and no chunk of its labels is newer (on S3: whether it exists)."""
-    if isinstance(table, S3Path) or not table.exists():
-        return table.exists()
+    """Whether an instance table exists, and no chunk of its labels is newer."""
+    if not table.exists():
+        return False
+    if isinstance(table, S3Path):
+        labels, own = (s3.newest(*split_s3(path), DEFAULT_OPTIONS) for path in (table.parent / "s0", table))
+        return labels is None or (own is not None and labels <= own)
     written = table.stat().st_mtime_ns
     return all(file.is_dir() or file.stat().st_mtime_ns <= written for file in (table.parent / "s0").rglob("*"))

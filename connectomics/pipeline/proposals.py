@@ -26,6 +26,7 @@ from connectomics.io.formats import VolumeSource, open_volume
 from connectomics.io.formats.tiff import write_tiff
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.replacing import write_file
+from connectomics.io.store import read_attrs
 from connectomics.io.write import update_attrs, write_multiscale
 from connectomics.progress import Shown
 
@@ -230,9 +231,10 @@ def ingest_proposals(
             raw = Multiscale.open(catalog.raw_location(row.dataset)).grid
             begin = np.subtract(row.grid.box.begin, raw.box.begin).tolist()
             with show(f"{row.key}: {drawn.class_name}") as advance:
+                known = _known(row.file(folder, drawn.class_name, "zarr"))
                 place = ingest_labels(
-                    root, row.dataset, row.crop, drawn, row.grid.voxel_size, begin, Known(UNKNOWN),
-                    overwrite=overwrite, progress=advance,
+                    root, row.dataset, row.crop, drawn, row.grid.voxel_size, begin, known, overwrite=overwrite,
+                    progress=advance,
                 )  # fmt: skip
             tell(place)
     if ranks:
@@ -259,6 +261,7 @@ def _there(catalog: Catalog, row: Proposal) -> Collection[str]:
 def _drawn(folder: Path, row: Proposal, stack: ExitStack) -> list[Drawn]:
     """The labels of a proposal, opened and checked."""
     if row.classes:
+        _name_newer_map(folder, row, stack)
         return [Drawn(name, opened_labels(folder, row, name, stack)[0], kind) for name, kind in row.classes.items()]
     source, file_format = opened_labels(folder, row, MAP, stack)
     found = drawn_by_table(source, row.values_table(folder, file_format))
@@ -269,6 +272,36 @@ def _drawn(folder: Path, row: Proposal, stack: ExitStack) -> list[Drawn]:
             f"{source.location} holds {wrong[:5]}, but {table} does not say what they mean; add them there"
         )
     return found
+
+
+def _known(place: Path) -> Known:
+    """Return what counts in a label file: `pytc annotate` says so in its attributes, else 255 is unknown."""
+    said = read_attrs(place).get("cellmap", {}).get("annotation", {}) if place.exists() else {}
+    return Known((said.get("annotation_type") or {}).get("encoding", {}).get("unknown", UNKNOWN))
+
+
+def _name_newer_map(folder: Path, row: Proposal, stack: ExitStack) -> None:
+    """Warn if the label map was corrected, but the files of the classes are taken."""
+    form = next((form for form in FORMATS if row.file(folder, MAP, form).exists()), FORMATS[0])
+    place, table = row.file(folder, MAP, form), row.values_table(folder, form)
+    own = {name: row.file(folder, name, form) for name in row.classes}
+    if not table.is_file() or max(map(_written, own.values())) >= _written(place):
+        return
+    source = stack.enter_context(open_volume(place))
+    together = source.read((0, 0, 0), source.shape)
+    for item in drawn_by_table(source, table):
+        if item.class_name in own:
+            values = opened_labels(folder, row, item.class_name, stack)[0].read((0, 0, 0), row.grid.shape)
+            if not np.array_equal((values != 0) & (values != UNKNOWN), item.inside(together)):
+                log.warning(
+                    "%s: %s is newer than the files of %s, and differs; these are taken. To take %s, write it in the "
+                    "column classes of %s", row.key, MAP, ", ".join(own), MAP, TABLE,
+                )  # fmt: skip
+                return
+
+
+def _written(place: Path) -> float:
+    return max((file.stat().st_mtime for file in (place, *place.rglob("*")) if file.is_file()), default=0.0)
 
 
 def opened_labels(folder: Path, row: Proposal, name: str, stack: ExitStack) -> tuple[VolumeSource, str]:

@@ -205,7 +205,7 @@ def _jobs(
         if not 0.0 <= threshold <= 1.0:
             raise InputError(f"the threshold of {entry.class_name} must lie between 0 and 1, found {threshold}")
         plain = decode.get("method") == "threshold" and not decode["min_size_nm3"] and not decode["fill_holes"]
-        if probabilities_dir is not None and plain:
+        if probabilities_dir is not None and plain and not source.about.get("edited"):
             better = find_source(probabilities_dir, entry)
             if better is not None and better.form == "probability":
                 _check_same(source, better)

@@ -67,7 +67,7 @@ class Job:
     def about(self) -> dict[str, Any]:
         """The array's ``connectomics`` attribute: where it came from, without paths of this machine."""
         made: dict[str, Any] = {
-            key: self.source.about[key] for key in ("decode", "source", "model") if key in self.source.about
+            key: self.source.about[key] for key in ("decode", "source", "model", "edited") if key in self.source.about
         }
         if self.source.form == "probability":
             made["threshold"] = self.threshold

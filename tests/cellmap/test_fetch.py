@@ -106,6 +106,33 @@ def test_nothing_comes_twice_and_what_is_damaged_comes_again(server: FolderServe
     assert Missing.below(tmp_path, plan).number == 0
 
 
+def test_an_array_opens_when_all_else_of_it_is_there_whenever_a_fetch_is_killed(
+    phantom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without its attributes an array opens, but the counts are missing that say whether 255 is an instance."""
+    there, here, order = tmp_path / "store", tmp_path / "root", list[Path]()
+    shutil.copytree(phantom, there)
+    put, unlink = Destination.put, Path.unlink
+    with FolderServer(there) as server:
+        options, plan = options_of(server), plan_of(server)
+        with monkeypatch.context() as patch:
+            patch.setattr(Destination, "put", lambda self, to, data: (order.append(to), put(self, to, data)))
+            transfer(Missing.below(here, plan), here, options, threads=1)
+        arrays = [path for path in order if path.name == ".zarray" and "groundtruth" in path.parts]
+        assert arrays
+        for path in arrays:
+            assert {file for file in path.parent.rglob("*") if file.is_file()} <= set(order[: order.index(path) + 1])
+        for path in arrays:
+            chunks = (there / path.relative_to(here)).parent.rglob("*")
+            next((file for file in chunks if file.is_file() and file.name[0].isdigit()), there / "none").unlink(True)
+        order.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", lambda self, **how: (order.append(self), unlink(self, **how)))
+            transfer(Missing.below(here, plan_of(server)), here, options, threads=1)
+        for path in arrays:
+            assert order.index(path) < order.index(path.with_name(".zattrs"))
+
+
 def test_chunks_that_the_store_has_no_more_are_removed_as_they_would_be_read(phantom: Path, tmp_path: Path) -> None:
     """The crop was annotated again, and an empty chunk is not stored; likewise of raw. Other files stay."""
     there, here = tmp_path / "store", tmp_path / "root"

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import torch
 
@@ -26,6 +25,7 @@ from connectomics.pipeline.predict import predict_tasks
 from connectomics.tasks import run_task
 from tests.pipeline.test_predict_crops import checkpoint, config_of, predict, root, save_checkpoint  # noqa: F401
 from tests.starter import Starter
+from tests.tasks.test_processes import children
 from tests.trees import contents
 
 TWO = EngineConfig(workers=2)
@@ -86,10 +86,10 @@ def test_a_worker_that_is_killed_costs_nothing_but_time(
     killed: list[int] = []
 
     def kill(done: int, blocks: int, stage: str = "") -> None:
-        workers = psutil.Process().children(recursive=True)
+        workers = children()  # no other child of this process: what starts processes for the next tests is one, too
         if len(killed) < kills and done < blocks and workers:
             time.sleep(0.05)
-            os.kill(workers[len(killed) % len(workers)].pid, signal.SIGKILL)
+            os.kill(workers[len(killed) % len(workers)], signal.SIGKILL)
             killed.append(done)
 
     run_task(task, replace(TWO, attempts=50), kill)

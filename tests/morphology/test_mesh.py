@@ -16,11 +16,14 @@ from connectomics.decoding.blocks.pieces import Pieces
 from connectomics.decoding.label_artifact import write_tables
 from connectomics.errors import InputError, MissingError, UnknownNameError, WriteError
 from connectomics.geometry import VoxelGrid
+from connectomics.io.artifacts import publish
 from connectomics.io.multiscale import Multiscale
+from connectomics.io.place import place
 from connectomics.io.write import ArrayWriter, update_attrs, write_multiscale
 from connectomics.morphology import Mesh, MeshTask, mesh_object
 from connectomics.morphology.mesh_surface import StoredObject
 from connectomics.pipeline.mesh import mesh_labels, mesh_tasks
+from tests.s3_server import BUCKET, KEYS, FolderServer
 
 START = (804.25, -102.5, 404.13)
 
@@ -266,6 +269,29 @@ def test_labels_that_were_changed_since_are_read_instead_of_their_table(tmp_path
     assert {row["id"] for row in rows(task.folder / "meshes.csv")} == {"7", str(2**40)}
     expected = mesh_object(Multiscale.open(source.location), 7, box_of(values, 7))
     assert np.array_equal(read_ply(task.folder / "7.ply").faces, expected.faces)
+
+
+def test_labels_on_s3_that_were_changed_since_are_read_instead_of_their_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = noise()
+    values[values != 7] = 0
+    source = stored(tmp_path / "labels.partial", values)
+    moved = Path("labels/set-a.zarr/crop1/mito")
+    pieces = Pieces.measured((values == 7).astype(np.uint64), 1, (0, 0, 0), values.shape)
+    write_tables(Path(source.location), pieces, source.grid)
+    (Path(source.location) / "task.json").write_text("{}")
+    with FolderServer(tmp_path, writable=True) as server:
+        for name, value in {**KEYS, "AWS_ENDPOINT_URL": server.endpoint}.items():
+            monkeypatch.setenv(name, value)
+        publish(place(f"s3://{BUCKET}/labels.partial/set-a.zarr/crop1/mito"), place(f"s3://{BUCKET}/{moved}"))
+        labels = f"s3://{BUCKET}/labels"
+        files = [file for file in (tmp_path / moved).rglob("*") if file.is_file()]
+        order = [f.name for f in sorted(files, key=lambda f: f.stat().st_mtime_ns) if f.name != "task.json"]
+        assert order[-2:] == ["instances.csv", ".zattrs"]  # a table that is copied before its labels would look old
+        assert mesh_tasks(labels, tmp_path / "out", "mito")[0].stages == ("meshes",)
+        os.utime(next(file for file in files if file.name[0].isdigit()), (2e9, 2e9))
+        assert mesh_tasks(labels, tmp_path / "out", "mito")[0].stages == ("boxes", "meshes")
 
 
 def test_a_semantic_class_is_one_object(tmp_path: Path) -> None:

@@ -15,11 +15,14 @@ from connectomics.cellmap.crop_table import CropTable, TableEntry
 from connectomics.config import load_config
 from connectomics.errors import MetadataError
 from connectomics.inference.artifact import save_cellmap_predictions
+from connectomics.io.artifacts import about
+from connectomics.io.write import update_attrs
 from connectomics.pages import charts, page
 from connectomics.pages.report import run_folder, scores, training
 from connectomics.pages.report.crops import choose, extremes, ranked
 from connectomics.pages.report.library import Wanted
 from connectomics.pages.report.scores import Scores
+from connectomics.pipeline.apply_edits import apply_edits
 from connectomics.pipeline.decode import decode
 from connectomics.pipeline.evaluate import evaluate
 from connectomics.pipeline.export import export
@@ -195,6 +198,66 @@ def test_scores_of_another_submission_than_the_shown_labels_are_named(tmp_path: 
             place = next(iter(shown.values()))
             note = f"These scores are of other labels ({scored}) than {place} holds now, for 1 of 1 array (crop1/er)"
             assert note in report(out=page, scores=path, **shown).read_text()
+
+
+def test_a_submission_that_was_packed_before_edits_is_named(tmp_path: Path) -> None:
+    """Edited labels are of the same network and decoding: only the edits tell them from what was packed."""
+    grid = grid_of((8, 8, 8))
+    table = CropTable((TableEntry(1, "one", "mito", grid), TableEntry(1, "one", "er", grid)))
+    found, edited, out = tmp_path / "found", tmp_path / "edited", tmp_path / "report.html"
+    objects = np.full((2, 8, 8, 8), 0.1)
+    objects[:, :3], objects[:, 5:] = 0.9, 0.8
+    save_cellmap_predictions(objects, found / "one.zarr/crop1", ["mito", "er"], grid)
+    mine = load_config(None, "decoding.default.min_size_nm3=0")
+    labels = decode(found, out=tmp_path / "labels", config=mine).folder
+    (tmp_path / "log.jsonl").write_text('{"op": "delete", "class": "mito", "id": 1}\n')
+    apply_edits(labels, tmp_path / "log.jsonl", out=edited)
+    (tmp_path / "none.jsonl").write_text("")
+    copied = apply_edits(edited, tmp_path / "none.jsonl", out=tmp_path / "copied").folder
+    before, after = (export(folder, tmp_path / f"{folder.name}.zip", crops=table).path for folder in (labels, edited))
+    export(labels, tmp_path / "truth", crops=table)
+
+    def named(folder: Path, packed: Path) -> tuple[bool, bool]:
+        """Whether the page says that the scores, and the submission, are of other labels."""
+        scored = score(packed, tmp_path / "truth", out=tmp_path / "scores")
+        text = report(scored, out=out, labels=folder, submission=packed).read_text()
+        said = f"The submission {packed} is of other labels than {folder} holds now, for 1 array (crop1/mito)."
+        return "These scores are of other labels" in text, said in text
+
+    assert [named(folder, before) for folder in (labels, edited, copied)] == [(False, False), *[(True, True)] * 2]
+    assert [named(folder, after) for folder in (labels, edited, copied)] == [(True, True), *[(False, False)] * 2]
+
+
+def test_labels_beside_probabilities_that_they_were_not_made_from_are_named(tmp_path: Path) -> None:
+    """Predicted again, or by another network, after decode: pictures and calibration would be of two predictions."""
+    grid, found, out = grid_of((8, 8, 8)), tmp_path / "found", tmp_path / "report.html"
+    table = CropTable((TableEntry(1, "one", "er", grid),))
+
+    def predict(checkpoint: str) -> None:
+        save_cellmap_predictions(np.full((1, 8, 8, 8), 0.6), found / "one.zarr/crop1", ["er"], grid)
+        place = found / "one.zarr/crop1/er"
+        update_attrs(place, {"connectomics": {**about(place), "model": {"checkpoint": checkpoint}}})
+
+    predict("a")
+    labels, submission, edited = tmp_path / "labels", tmp_path / "s.zip", tmp_path / "edited"
+    decode(found, out=labels, config=load_config(None))
+    export(labels, submission, crops=table)
+    (tmp_path / "log.jsonl").write_text("")
+    apply_edits(labels, tmp_path / "log.jsonl", out=edited)
+
+    def others(**shown: object) -> list[str]:
+        text = report(out=out, probabilities=found, **shown).read_text()
+        said = r"The labels in (\S+) were not made from the probabilities that \S+ holds now, for ([^<]*)"
+        return re.findall(said, text)
+
+    every = ({"labels": labels}, {"submission": submission, "crop_table": table}, {"labels": edited})
+    assert [others(**shown) for shown in every] == [[], [], []]
+    predict("a")  # the same network: only labels know which prediction they are from
+    said = "1 array (crop1/er)."
+    assert [others(**shown) for shown in every] == [[(str(labels), said)], [], []]
+    predict("b")
+    places = (labels, submission, edited)
+    assert [others(**shown) for shown in every] == [[(str(place), said)] for place in places]
 
 
 def test_a_class_of_one_crop_has_no_interval_in_an_evaluation(tmp_path: Path) -> None:

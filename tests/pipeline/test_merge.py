@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from connectomics.cellmap.crop_table import CropTable, TableEntry
 from connectomics.cli import main
-from connectomics.config import RunConfig
+from connectomics.config import RunConfig, load_config
 from connectomics.config.values import plain
 from connectomics.decoding.average_task import AverageTask
 from connectomics.decoding.parameters import DecodeParameters
@@ -281,6 +281,13 @@ def test_what_an_earlier_merge_left_is_not_packed(tmp_path: Path) -> None:
     assert set(zarr.open_group(zarr.storage.ZipStore(out), mode="r")["crop7"]) == {"mito"}
     merge([first, second], out=out, crops=TABLE, classes=["er"])  # adds a class
     assert stored(tmp_path / "s.merge/labels", "mito").any()
+
+
+def test_a_boundary_that_is_left_out(two: tuple[Path, Path], tmp_path: Path) -> None:
+    config = load_config(None, ["decoding.classes.mito.boundary=er"])
+    with pytest.raises(MissingError, match=r"no prediction of er at .*, the boundary that mito is decoded with"):
+        merge([two[0]], out=tmp_path / "x.zip", crops=TABLE, classes=["mito"], config=config)
+    merge([two[0]], out=tmp_path / "y.zip", crops=TABLE, config=config)
 
 
 def test_what_is_refused(two: tuple[Path, Path], tmp_path: Path) -> None:

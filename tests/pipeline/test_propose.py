@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import runpy
 import shutil
 import subprocess
@@ -22,7 +23,8 @@ from torch import nn
 import connectomics as cx
 from connectomics.cellmap.catalog import Catalog, Crop
 from connectomics.cellmap.crop_table import CropTable
-from connectomics.cellmap.labels import read_labels
+from connectomics.cellmap.editing import EditableLabels
+from connectomics.cellmap.labels import read_instances, read_labels
 from connectomics.cli import main
 from connectomics.config import save_config
 from connectomics.config.schema import DataConfig, DatasetConfig, InferenceConfig, ModelConfig, RunConfig
@@ -34,7 +36,9 @@ from connectomics.geometry import Box
 from connectomics.inference.predict_task import PredictTask
 from connectomics.inference.uncertainty import Bottleneck, Observer
 from connectomics.io.formats import open_volume
+from connectomics.io.formats.tiff import write_tiff
 from connectomics.io.multiscale import Multiscale
+from connectomics.io.write import write_multiscale
 from connectomics.models.registry import build_model
 from connectomics.pipeline.proposals import Proposal, read_table, without_unknown, write_labels, write_table
 from tests.cellmap.roots import grid_of, write_label, write_raw
@@ -214,8 +218,6 @@ def test_what_is_done_comes_back_at_its_place(
     corrected[:, 4:8] = 1
     corrected[:, :, 8:] = 255  # nobody looked there
     shutil.rmtree(mito)
-    from connectomics.io.write import write_multiscale
-
     write_multiscale(mito, corrected, one.grid)
     before = read_table(folder)
     write_table(folder / "proposals.csv", [replace(p, classes={"mito": "semantic"}) for p in before])  # nobody saw er
@@ -285,6 +287,56 @@ def test_a_label_map_of_classes_that_do_not_overlap(root: Path, tmp_path: Path) 
     overlapping = {name: np.ones(grid.shape, np.uint8) for name in CLASSES}
     write_labels(tmp_path / "other", one, overlapping, "tiff")
     assert not one.file(tmp_path / "other", "label_map", "tiff").exists()
+
+
+def test_a_class_that_was_drawn_with_annotate_is_unknown_where_nobody_drew(root: Path, tmp_path: Path) -> None:
+    """New labels of `pytc annotate` have another value for unknown voxels than those of `propose`, and may have 255."""
+    catalog = Catalog.open(str(root))
+    dataset = catalog.datasets[0]
+    grid = Multiscale.open(catalog.raw_location(dataset)).grid.crop((3, 14, 5), (2, 6, 6))
+    one = Proposal(1, dataset, "crop901", grid, classes={"nuc": "instance"}, done=True)
+    drawn = EditableLabels.create(one.file(tmp_path, "nuc", "zarr"), "nuc", grid)
+    for z in (0, 1):
+        drawn.write(z, 0, 0, np.array([[255, 256, 0]], np.uint32))
+    drawn.finish()
+    write_table(tmp_path / "proposals.csv", [one])
+    cx.ingest(root, proposals=tmp_path)
+    ids, known = read_instances(Catalog.open(str(root)).crop(dataset, "crop901"), "nuc", grid)
+    assert known[:, 0, :3].all()
+    assert known.sum() == 6
+    assert ids[:, 0, :3].tolist() == [[255, 256, 0]] * 2
+
+
+def test_a_label_map_that_was_corrected_and_is_not_taken_is_named(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    catalog = Catalog.open(str(root))
+    dataset = catalog.datasets[0]
+    grid = Multiscale.open(catalog.raw_location(dataset)).grid.crop((3, 24, 5), (2, 6, 6))
+    one = Proposal(1, dataset, "crop902", grid, classes={"mito": "semantic", "er": "semantic"}, done=True)
+    labels = {name: np.zeros(grid.shape, np.uint8) for name in CLASSES}
+    labels["mito"][:, :2], labels["er"][:, 3:] = 1, 1
+    together = labels["mito"] + 2 * labels["er"]
+    for number, file_format in enumerate(("tiff", "zarr")):
+        folder = tmp_path / file_format
+        write_labels(folder, one, labels, file_format)
+        write_table(folder / "proposals.csv", [one])
+        cx.ingest(root, proposals=folder, overwrite=number > 0)
+        assert "label_map" not in caplog.text
+        place = one.file(folder, "label_map", file_format)
+        corrected = np.where(together == 2, 0, together)
+        if file_format == "tiff":
+            write_tiff(place, corrected, np.dtype(np.uint8), grid)
+        else:
+            write_multiscale(place, corrected, grid, overwrite=True)
+        cx.ingest(root, proposals=folder, overwrite=True)
+        assert "crop902: label_map is newer than the files of mito, er, and differs; these are taken" in caplog.text
+        caplog.clear()
+        for name in ("mito", "er"):  # corrected later
+            for file in [one.file(folder, name, file_format), *one.file(folder, name, file_format).rglob("*")]:
+                os.utime(file, (2e9, 2e9))
+        cx.ingest(root, proposals=folder, overwrite=True)
+        assert "label_map" not in caplog.text
 
 
 def test_a_table_without_rows_or_with_other_links_is_no_accident(

@@ -14,6 +14,7 @@ import pytest
 import zarr
 
 from connectomics.cellmap.crop_table import CropTable, TableEntry
+from connectomics.config import load_config
 from connectomics.errors import (
     CorruptDataError,
     IncompleteError,
@@ -24,10 +25,13 @@ from connectomics.errors import (
     WriteError,
 )
 from connectomics.geometry import VoxelGrid
+from connectomics.inference.artifact import save_cellmap_predictions
 from connectomics.io import s3
 from connectomics.io.location import StoreError
 from connectomics.io.place import place
 from connectomics.io.write import write_multiscale
+from connectomics.pipeline.apply_edits import apply_edits
+from connectomics.pipeline.decode import decode
 from connectomics.submission import export_submission
 from connectomics.submission.findings import Finding
 from connectomics.tasks.lock import leading
@@ -354,6 +358,22 @@ def test_semantic_labels_are_made_from_their_probabilities_where_they_are_at_han
         probabilities_dir=tmp_path / "prob",
     )  # fmt: skip
     assert kept.attrs["connectomics"]["from"] == "labels"
+
+
+def test_edits_are_packed_where_probabilities_are_at_hand(tmp_path):
+    """A semantic class that got an instance is no threshold of its probabilities any more, nor is a copy of it."""
+    mito, er = np.zeros(PLAIN.shape), np.zeros(PLAIN.shape)
+    mito[2:9, 2:9, 2:9], er[20:] = 0.9, 0.9
+    save_cellmap_predictions(np.stack([mito, er]), tmp_path / "prob/one.zarr/crop7", ["mito", "er"], PLAIN)
+    labels = decode(tmp_path / "prob", out=tmp_path / "labels", config=load_config(None)).folder
+    for number, edit in enumerate(('{"op": "reclassify", "class": "mito", "id": 1, "to": "er"}', "")):
+        (tmp_path / f"{number}.jsonl").write_text(edit)
+        labels = apply_edits(labels, tmp_path / f"{number}.jsonl", out=tmp_path / f"edited{number}").folder
+        table = CropTable(TABLE.entries[:2])
+        export_submission(labels, tmp_path / "s.zip", crops=table, probabilities_dir=tmp_path / "prob")
+        packed = opened(tmp_path / "s.zip")
+        np.testing.assert_array_equal(packed["crop7/er"][:], (mito + er > 0))
+        assert not packed["crop7/mito"][:].any()
 
 
 def test_attributes_carry_the_origin_without_paths(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -35,7 +36,11 @@ def opened(task: CubeTask, stage: str) -> int:
 
 def children() -> list[int]:
     """The processes of open engines."""
-    return [p.pid for p in psutil.Process().children() if "connectomics.tasks.child" in " ".join(p.cmdline())]
+    found = list[int]()
+    for process in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            found += [process.pid] if "connectomics.tasks.child" in " ".join(process.cmdline()) else []
+    return found
 
 
 def heaps_of_threads(pid: int) -> int:

@@ -70,7 +70,7 @@ class Missing:
             metadata = {file for file in item.files if file.is_metadata}
             if item.whole and (gone or lacking - metadata):
                 lacking |= metadata
-                stale += [_place(file, root) for file in metadata & closed]
+                stale += [_place(file, root) for file in sorted(metadata & closed)]  # .zarray first
             stale += gone  # after the metadata
             found.append(tuple(sorted(lacking)))
         return cls(plan, tuple(found), tuple(stale))
@@ -118,8 +118,8 @@ def transfer(
 
     Each object appears in one step. Its size is compared with the listing, and its bytes with the ETag if that is an
     MD5 sum (objects uploaded in parts have another one). An object that fails does not stop the others. The metadata of
-    an array is written after all of its chunks, and only if none failed: an incomplete label array cannot be opened, so
-    it never reads as "absent". Stale chunks, which would be read, and partial files of a killed
+    an array is written after all of its chunks, ``.zarray`` last, and only if none failed: an incomplete label array
+    cannot be opened, so it never reads as "absent". Stale chunks, which would be read, and partial files of a killed
     fetch are removed. Memory: one object per thread.
 
     Args:
@@ -165,8 +165,9 @@ def transfer(
         for place in missing.stale:
             place.unlink(missing_ok=True)
         every = [(number, file) for number, files in enumerate(missing.items) for file in files]
-        broken = bring(pair for pair in every if not pair[1].is_metadata)
-        bring(pair for pair in every if pair[1].is_metadata and pair[0] not in broken)
+        broken = set[int]()
+        for turn in range(3):
+            broken |= bring(pair for pair in every if _turn(pair[1]) == turn and pair[0] not in broken)
     if failed:
         more = f"; and {len(failed) - _NAMED} more" if len(failed) > _NAMED else ""
         raise StoreError(
@@ -174,6 +175,11 @@ def transfer(
             "run the same command again: fetched objects are kept"
         )
     return done
+
+
+def _turn(file: RemoteFile) -> int:
+    """Chunks come first, and what opens an array after its attributes."""
+    return int(file.is_metadata) + file.key.endswith("/.zarray")
 
 
 def _refuse_foreign(missing: Missing, root: Path) -> None:

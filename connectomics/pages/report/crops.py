@@ -178,6 +178,7 @@ def section(library: Library, table: Scores | None, options: ReportOptions, step
     """Return all crops with their pictures; ``step`` is called after each class with pictures."""
     try:
         crops = ranked(library.wanted(), table)
+        others = library.other_sources()
     except ConnectomicsError as error:
         return page.note(f"No pictures: {error}")
     if not crops:
@@ -210,6 +211,7 @@ def section(library: Library, table: Scores | None, options: ReportOptions, step
     problems = list(library.problems)
     if library.catalog is None and not library.problems:
         problems.append("No raw: no data root was given, so labels are shown on flat gray.")
+    problems += others
     if len(chosen) < len(everything):
         problems.append(
             f"Pictures of {len(chosen)} of {len(everything)} crops and classes, the worst of each crop first."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,11 @@ from connectomics.cellmap.catalog import Catalog
 from connectomics.cellmap.crop_table import CropTable
 from connectomics.decoding.label_artifact import unknown_share
 from connectomics.decoding.prediction import find_arrays
-from connectomics.errors import ConnectomicsError, MetadataError
+from connectomics.errors import ConnectomicsError, MetadataError, first_of, number_of
 from connectomics.geometry import VoxelGrid
 from connectomics.io import store
-from connectomics.io.artifacts import marks
+from connectomics.io.artifacts import identity, marks
+from connectomics.io.fingerprint import same_content
 from connectomics.io.multiscale import Multiscale, PlainArray
 from connectomics.metrics.challenge.zarr_v2 import FolderStore, Store, ZipStore
 from connectomics.pages.report.sources import ReportSources
@@ -59,8 +60,7 @@ class Library:
             library.problems.append(f"No raw: {error}")
         try:
             if sources.submission is not None and sources.labels is None:
-                is_folder = sources.submission.is_dir()
-                library.archive = FolderStore(sources.submission) if is_folder else ZipStore(sources.submission)
+                library.archive = _open_submission(sources.submission)
         except ConnectomicsError as error:
             library.problems.append(f"No predictions from the submission: {error}")
         for name, folder in (("labels", sources.labels), ("probabilities", sources.probabilities)):
@@ -102,9 +102,41 @@ class Library:
         """Return what identifies each array of the labels, or of the submission, by crop and class."""
         if self.archive is None:
             return {(crop, name): marks(about) for _, crop, name, about in _attributes(self.sources.labels)}
-        names = [(crop, name) for crop in self.archive.folders() for name in self.archive.folders(crop)]
-        attrs = {key: self.archive.json(f"{'/'.join(key)}/.zattrs") or {} for key in names}
-        return {key: marks(found.get("connectomics")) for key, found in attrs.items()}
+        return _submitted(self.archive)
+
+    def other_sources(self) -> list[str]:
+        """Return lines that say if labels, probabilities and submission do not belong together."""
+        shown, submission, place = self.marks(), self.sources.submission, self.sources.labels
+        lines = self._other_predictions(shown)
+        if place is not None and submission is not None and submission.exists():
+            archive = _open_submission(submission)
+            try:
+                packed = {key: found for key, found in _submitted(archive).items() if key in shown}
+            finally:
+                archive.close()
+            others = [
+                "/".join(key) for key, found in packed.items()
+                if any(shown[key].get(name, mark) != mark for name, mark in found.items())
+            ]  # fmt: skip
+            said = f"The submission {submission} is of other labels than {place} holds now, for "
+            lines += [f"{said}{number_of(len(others), 'array')} ({first_of(others, 3)})."] if others else []
+        return lines
+
+    def _other_predictions(self, shown: Mapping[tuple[str, str], Mapping[str, str]]) -> list[str]:
+        folder, others = self.sources.probabilities, list[str]()
+        labels = {(d, c, n): about for d, c, n, about in _attributes(self.sources.labels)}
+        for dataset, crop, name, about in _attributes(folder):
+            source = labels.get((dataset, crop, name), {}).get("made_from", {}).get("probabilities")
+            if source:
+                now = Multiscale.open(store.join(str(folder), f"{dataset}.zarr", crop, name))
+                same = same_content(source, identity(now))
+            else:  # edited labels and submissions only name the network
+                model = marks(about).get("model")
+                same = shown.get((crop, name), {}).get("model", model) == model
+            others += [] if same else [f"{crop}/{name}"]
+        place = self.sources.labels or self.sources.submission
+        made = f"The labels in {place} were not made from the probabilities that {folder} holds now, for "
+        return [f"{made}{number_of(len(others), 'array')} ({first_of(others, 3)})."] if others else []
 
     def item(self, wanted: Wanted) -> Item:
         """Open one class of a crop; raise a `ConnectomicsError` if nothing of it can be shown."""
@@ -152,6 +184,16 @@ class Library:
                 self._raw[dataset] = None
                 self.problems.append(f"No raw for {dataset or 'a crop whose data set is not known'}: {error}")
         return self._raw[dataset]
+
+
+def _open_submission(place: Path) -> Store:
+    return FolderStore(place) if place.is_dir() else ZipStore(place)
+
+
+def _submitted(archive: Store) -> dict[tuple[str, str], dict[str, str]]:
+    names = [(crop, name) for crop in archive.folders() for name in archive.folders(crop)]
+    attrs = {key: archive.json(f"{'/'.join(key)}/.zattrs") or {} for key in names}
+    return {key: marks(found.get("connectomics")) for key, found in attrs.items()}
 
 
 def unknown_lines(folder: Path | None) -> list[str]:
