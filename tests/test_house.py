@@ -19,7 +19,7 @@ ROOMS = (
     "data", "metrics", "decoding", "morphology", "submission", "lightning", "pages", "testing", "pipeline", "cli",
 )  # fmt: skip
 #: Lines of the package, at most.
-MOST_LINES = 60_591
+MOST_LINES = 60_590
 #: Import paths that stay where they were: files of one line.
 KEPT_PATHS = {PACKAGE / "lightning" / "inference.py"}
 

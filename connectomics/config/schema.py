@@ -293,7 +293,7 @@ class InferenceConfig(Group):
     skip_empty: bool = True  # predict: skip windows of constant raw (padding) or without raw; they become 0
     mask: str | None = None  # predict: skip voxels where this label volume is 0; a path, or one in {dataset}.zarr
     dtype: Annotated[str, one_of("uint8", "float16")] = "uint8"  # of stored probabilities: uint8 (255 p) | float16 (p)
-    channels_last: bool | None = None  # memory format of the network; None: on a GPU with mixed precision
+    channels_last: bool | None = None  # memory format; None: on a GPU, mixed precision; mednext: as trained
     compile: bool = False  # predict with torch.compile
 
 

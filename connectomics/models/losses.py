@@ -230,9 +230,8 @@ def build_loss(
 
     ``voxel_size``: of the labels, nm, z y x, for losses whose options are lengths.
 
-    Raises:
-        UnknownNameError: a loss is unknown, or has options but is not used.
-        InputError: no loss is given, one is given twice, the weights do not fit, or an option is unknown or bad.
+    Raises `UnknownNameError` if a loss is unknown, or has options but is not used; `InputError` if none is given, one
+    is given twice, the weights do not fit, or an option is unknown or bad.
     """
     given = dict(options or {})
     factors = [1.0] * len(names) if weights is None else [float(w) for w in weights]

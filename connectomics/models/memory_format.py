@@ -14,3 +14,10 @@ def set_channels_last(network: nn.Module, last: bool = True) -> None:
         wanted = _CHANNELS_LAST.get(parameter.ndim) if last else torch.contiguous_format
         if wanted is not None:
             parameter.data = parameter.data.contiguous(memory_format=wanted)
+
+
+def prefers_channels_last(network: nn.Module, trained: bool) -> bool:
+    """Return whether a network in half precision on a GPU should have channels last: as it was ``trained`` if it has
+    depthwise 3-D convolutions, whose kernels depend on the format (docs/networks.md), else always."""
+    convolutions = (part for part in network.modules() if isinstance(part, nn.Conv3d))
+    return trained or not any(part.groups == part.in_channels > 1 for part in convolutions)

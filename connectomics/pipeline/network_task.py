@@ -85,11 +85,9 @@ def ready(networks: Sequence[TrainedNetwork], task: PredictTask, device: str) ->
     import torch
 
     from connectomics.inference.trained_network import with_unions
-    from connectomics.models.memory_format import set_channels_last
+    from connectomics.models.memory_format import prefers_channels_last, set_channels_last
 
-    last = task.channels_last
-    if last is None:
-        last = device.startswith("cuda") and task.precision != "32"
+    half = device.startswith("cuda") and task.precision != "32"
     with ExitStack() as stack:
         runs: list[Network] = []
         for network in networks:
@@ -100,7 +98,8 @@ def ready(networks: Sequence[TrainedNetwork], task: PredictTask, device: str) ->
                 if not is_out_of_memory(error):
                     raise
                 raise OutOfMemoryError(f"no memory for the network on {device} ({one_line(error)})") from error
-            if last:
+            last = half and prefers_channels_last(network, network.config.training.channels_last)
+            if last if task.channels_last is None else task.channels_last:
                 set_channels_last(network)
                 stack.callback(set_channels_last, network, False)
             if task.uncertainty == "dropout":
