@@ -18,8 +18,10 @@ ROOMS = (
     "errors", "machine", "progress", "geometry", "config", "io", "tasks", "cellmap", "phantom", "models", "inference",
     "data", "metrics", "decoding", "morphology", "submission", "lightning", "pages", "testing", "pipeline", "cli",
 )  # fmt: skip
-#: Lines of the package, at most.
-MOST_LINES = 60_590
+#: Nodes of the package's syntax trees, at most. Lines would reward shorter docstrings and packed calls.
+MOST_NODES = 322_836
+#: Nodes that only say how another one is used.
+_PLAIN = (ast.expr_context, ast.operator, ast.boolop, ast.unaryop, ast.cmpop)
 #: Import paths that stay where they were: files of one line.
 KEPT_PATHS = {PACKAGE / "lightning" / "inference.py"}
 
@@ -76,8 +78,9 @@ def test_no_module_has_more_than_400_lines_and_no_function_more_than_80() -> Non
 
 
 def test_the_package_does_not_grow() -> None:
-    """Docstrings and blank lines included. Lower the limit when the package shrinks; the aim is 42,000."""
-    assert sum(len(file.read_text(encoding="utf-8").splitlines()) for file in PACKAGE.rglob("*.py")) <= MOST_LINES
+    """Lower the limit when the package shrinks; the aim is 225,000, as 42,000 of 60,500 lines."""
+    nodes = (node for file in PACKAGE.rglob("*.py") for node in nodes_of(file))
+    assert sum(not isinstance(node, _PLAIN) for node in nodes) <= MOST_NODES
 
 
 def test_every_import_of_this_package_leads_somewhere() -> None:

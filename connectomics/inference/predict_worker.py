@@ -228,10 +228,16 @@ def _in_turn(dtype: np.dtype[Any], number: int) -> Callable[[tuple[int, ...]], N
 def best_batch(seconds: Callable[[int], float], most: int) -> int:
     """Find how many windows should go through the network together: a power of two up to ``most``.
 
-    ``seconds`` returns the time of a batch of so many windows, and may raise torch's `OutOfMemoryError`.
+    Args:
+        seconds: returns the time of a batch of so many windows; may raise torch's `OutOfMemoryError`.
+        most: largest batch to try.
 
-    Returns the smallest batch from which doubling gained less than 5 %; if memory ran out, half of the largest batch
-    that fitted, since blocks need memory too. Raises `InputError` if a single window is too large for the memory.
+    Returns:
+        The smallest batch from which doubling gained less than 5 %; if memory ran out, half of the largest batch that
+        fitted, since blocks need memory too.
+
+    Raises:
+        InputError: a single window is too large for the memory.
     """
     import torch
 

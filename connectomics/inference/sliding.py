@@ -184,8 +184,11 @@ def predict_blocks(
             beyond it are 0. None: there is raw everywhere.
         fit: how windows may shrink if fewer voxels are wanted; None: they have one size everywhere.
 
-    Yields grid and values (channels, d, h, w), float32, of each block, in order. Raises `InputError` if an argument is
-    out of range, or the network's output has another shape or is not finite.
+    Yields:
+        Grid and values (channels, d, h, w), float32, of each block, in order.
+
+    Raises:
+        InputError: an argument is out of range, or the network's output has another shape or is not finite.
     """
     cores = Cores() if blending == "crop" else None
     lattice = WindowLattice.over(grid, window, overlap, context, extent, fit, cores)

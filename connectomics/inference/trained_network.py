@@ -71,7 +71,10 @@ def with_unions(run: Callable[..., Tensor], channels: Sequence[str], unions: Seq
     Atomic classes exclude each other, so the probability of their union is the sum of their probabilities (Kolmogorov's
     third axiom), here at most 1 because a network does not know that they exclude each other. The maximum, and
     1 - prod(1 - p) for independent classes, are too low where parts meet: at the border of membrane and lumen both are
-    0.5, and the sum is 1. ``run`` returns probabilities (B, C, D, H, W) of ``channels``.
+    0.5, and the sum is 1.
+
+    Args:
+        run: returns probabilities (B, C, D, H, W) of ``channels``.
     """
     if not unions:
         return run

@@ -102,8 +102,11 @@ class Observer:
         The uncertainty is the mean over voxels and classes of (H + V) / 2: H is the entropy of the mean probability in
         bits, V the variance over networks and views as a share of the largest possible one, 1/4.
 
-        ``grid``: at the network's voxel size. It is gone through block by block (``block_size`` of the task). The
-        features are those of all networks (F,), see `Bottleneck`.
+        Args:
+            grid: at the network's voxel size. It is gone through block by block (``block_size`` of the task).
+
+        Returns:
+            uncertainty, and the features of all networks (F,), see `Bottleneck`.
         """
         task, layout, total = self._task, replace(self._layout, target=grid), 0.0
         for bottleneck in self._bottlenecks:

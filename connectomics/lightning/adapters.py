@@ -54,8 +54,11 @@ def add_adapters(module: ConnectomicsModule) -> list[str]:
     update would have no fewer numbers than the weight. Parameters of the output channels, which may be new, and those
     that match ``train`` train in full. Norms that do not train keep their statistics.
 
-    Returns the names of the weights that have an update. Raises `ConfigError` if a pattern matches nothing, or no layer
-    can have an update of this rank.
+    Returns:
+        Names of the weights that have an update.
+
+    Raises:
+        ConfigError: a pattern matches nothing, or no layer can have an update of this rank.
     """
     options, network = module.config.model.adapters, module.network
     parameters = dict(network.named_parameters())

@@ -43,7 +43,10 @@ def choose_machine(config: RunConfig, gpus: int, bf16_cpu: bool) -> Machine:
 
     If fewer GPUs are available than ``system.num_gpus``, those are used, or the CPU if there is none. On the CPU
     float16 is tens of times slower than float32, and bfloat16 about ten times without instructions for it: mixed
-    precision becomes bfloat16 if the processor has them (``bf16_cpu``), else 32. ``gpus``: available CUDA devices.
+    precision becomes bfloat16 if the processor has them, else 32.
+
+    Args:
+        config: the run. gpus: available CUDA devices. bf16_cpu: see `connectomics.machine.cpu_has_bfloat16`.
     """
     system, precision = config.system, config.training.precision
     notes = []

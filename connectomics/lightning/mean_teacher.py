@@ -36,7 +36,9 @@ def consistency(student: Tensor, teacher: Tensor, raw: Tensor, confidence: float
     A class counts at a voxel if the teacher's probability p has max(p, 1 - p) >= ``confidence``, as in FixMatch
     (arXiv:2001.07685). The mean is over all voxels with raw, so few sure voxels have little weight.
 
-    ``student``, ``teacher``: (B, C, D, H, W); the gradient goes to the student only. ``raw``: bool (B, D, H, W).
+    Args:
+        student, teacher: (B, C, D, H, W); the gradient goes to the student only.
+        raw: bool (B, D, H, W), whether a voxel has raw.
     """
     target = torch.sigmoid(teacher.detach().float())
     counted = (torch.maximum(target, 1 - target) >= confidence) & raw[:, None]

@@ -114,8 +114,12 @@ def inference_window(config: RunConfig) -> list[int]:
 def freeze(network: nn.Module, patterns: Sequence[str]) -> list[str]:
     """Exclude the parameters from training whose names match a pattern of ``model.freeze`` (``*``, ``?``, ``[...]``).
 
-    Returns the names of norms with running statistics that must stay in evaluation mode: those whose scale
-    (NAME.weight) matches, also if they have none. Raises `ConfigError` if a pattern matches no parameter, or all match.
+    Returns:
+        Names of the norms with running statistics that must stay in evaluation mode: those whose scale (NAME.weight)
+        matches, also if they have none.
+
+    Raises:
+        ConfigError: a pattern matches no parameter, or all match one.
     """
     frozen = matching(patterns, [name for name, _ in network.named_parameters()], "model.freeze")
     for name, parameter in network.named_parameters():

@@ -53,8 +53,10 @@ def learning_rate(config: SchedulerConfig, lr: float, warm: float, progress: flo
     training: ``constant`` keeps ``lr``; ``cosine`` goes to ``min_lr`` as (1 + cos(pi t)) / 2; ``polynomial`` as
     (1 - t)^power (nnU-Net's, with power 0.9).
 
-    ``lr``: the highest rate, ``optimizer.lr``. ``warm``: progress of the warm-up: 1 at its end, further beyond it,
-    infinite without one. ``progress``: share of the training that is done, from 0 to 1.
+    Args:
+        config: the schedule. lr: the highest rate, ``optimizer.lr``.
+        warm: progress of the warm-up: 1 at its end, further beyond it, infinite without one.
+        progress: share of the training that is done, from 0 to 1.
     """
     if warm < 1:
         return lr * warm

@@ -35,8 +35,10 @@ def begin_at_prevalence(
     channel of affinities and boundaries. Without it, a network whose classes are rare spends its first steps on
     learning that they are absent almost everywhere, or never leaves that answer.
 
-    Channels named in ``keep``, those of classes that are nowhere known, and regressions keep their biases. Raises
-    `ConfigError` if the network has no bias at its output.
+    Channels named in ``keep``, those of classes that are nowhere known, and regressions keep their biases.
+
+    Raises:
+        ConfigError: the network has no bias at its output.
     """
     given, names = module.config.model.init_bias, output_names(module.config)
     if given is None:

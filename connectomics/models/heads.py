@@ -30,8 +30,9 @@ class HeadLosses(nn.Module):
     def forward(self, outputs: Sequence[Sequence[Tensor]], ids: Tensor) -> LossResult:
         """Return the weighted sum, and the loss of each head by its name.
 
-        ``outputs``: for each head its logits (B, channels, D, H, W), full size first, then coarser ones. ``ids``: int32
-        (B, I, D, H, W), one channel per class of ``classes``.
+        Args:
+            outputs: for each head its logits (B, channels, D, H, W), full size first, then coarser ones.
+            ids: int32 (B, I, D, H, W), one channel per class of ``classes``.
         """
         if ids.ndim != 5 or ids.shape[1] != len(self.classes):
             raise InputError(

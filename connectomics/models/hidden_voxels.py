@@ -15,8 +15,12 @@ def hide_blocks(image: Tensor, ratio: float, block: Sequence[int], generator: to
 
     The blocks lie on a lattice with a random offset, so that a share of blocks can be drawn exactly.
 
-    ``image``: (D, H, W) float, centered. ``ratio``: share of hidden blocks, 0 to 1. ``block``: shape in voxels, z y x.
-    ``generator``: of the CPU. Returns the image with hidden blocks, and a mask of them, bool (D, H, W).
+    Args:
+        image: (D, H, W) float, centered. ratio: share of hidden blocks, 0 to 1. block: shape in voxels, z y x.
+        generator: of the CPU.
+
+    Returns:
+        The image with hidden blocks, and a mask of them, bool (D, H, W).
     """
     cells = [-(-n // b) + 1 for n, b in zip(image.shape, block, strict=True)]
     count = cells[0] * cells[1] * cells[2]
@@ -34,8 +38,11 @@ def blind_spots(image: Tensor, ratio: float, generator: torch.Generator) -> tupl
     """Replace random voxels of an image by another one at most two voxels away along each axis (Noise2Void,
     arXiv:1811.10980). What a network then predicts for them is the image without the noise of single voxels.
 
-    ``image``: (D, H, W) float. ``ratio``: expected share of replaced voxels. ``generator``: of the CPU. Returns the
-    image with replaced voxels, and a mask of them, bool (D, H, W).
+    Args:
+        image: (D, H, W) float. ratio: expected share of replaced voxels. generator: of the CPU.
+
+    Returns:
+        The image with replaced voxels, and a mask of them, bool (D, H, W).
     """
     shape = torch.tensor(image.shape)
     hidden = torch.rand(image.shape, generator=generator) < ratio

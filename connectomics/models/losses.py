@@ -208,8 +208,11 @@ def register_loss(kind: type[ClassLoss]) -> type[ClassLoss]:
     Call it in a module that the configuration names in ``plugins``. A loss registered before under the same name is
     replaced.
 
-    ``kind``: a frozen dataclass derived from `ClassLoss`. Its fields are the options (``model.loss_options``). Raises
-    `InputError` if it is not such a class, or has the name of a loss of this package.
+    Args:
+        kind: a frozen dataclass derived from `ClassLoss`. Its fields are the options (``model.loss_options``).
+
+    Raises:
+        InputError: not such a class, or the name is that of a loss of this package.
     """
     if not (isinstance(kind, type) and issubclass(kind, ClassLoss) and is_dataclass(kind)):
         raise InputError(f"expected a dataclass derived from ClassLoss, got {kind!r}")
@@ -230,8 +233,9 @@ def build_loss(
 
     ``voxel_size``: of the labels, nm, z y x, for losses whose options are lengths.
 
-    Raises `UnknownNameError` if a loss is unknown, or has options but is not used; `InputError` if none is given, one
-    is given twice, the weights do not fit, or an option is unknown or bad.
+    Raises:
+        UnknownNameError: a loss is unknown, or has options but is not used.
+        InputError: no loss is given, one is given twice, the weights do not fit, or an option is unknown or bad.
     """
     given = dict(options or {})
     factors = [1.0] * len(names) if weights is None else [float(w) for w in weights]
@@ -260,8 +264,12 @@ def class_weights(
     the present share of the known voxels of the training crops, at most ``cap`` times the smallest, with the mean 1
     (arXiv:1411.4734 scales by the median of f instead). A class that is never present has the weight 1.
 
-    ``given``, ``cap``: ``model.class_weights`` and ``model.class_weight_cap``. ``present``: f by class, 0 to 1; only
-    read for "inverse_frequency". Raises `UnknownNameError` if a mapping has a class that is not one of ``classes``.
+    Args:
+        given, cap: ``model.class_weights`` and ``model.class_weight_cap``.
+        present: f by class, 0 to 1; only read for "inverse_frequency".
+
+    Raises:
+        UnknownNameError: a mapping has a class that is not one of ``classes``.
     """
     if not isinstance(given, str):
         for name in given:

@@ -112,9 +112,12 @@ class MaskedLoss(nn.Module):
     def forward(self, logits: Tensor | Sequence[Tensor], labels: Labels) -> LossResult:
         """Return the loss of a batch, computed in float32 also under autocast.
 
-        ``logits``: (B, C, D, H, W), or a sequence of them, full size first, each side dividing the one before.
-        ``labels``: of the same B, C, D, H, W; for tensors, `DenseLabels(label, known)`. Raises `InputError` if the
-        shapes, or ``class_weights``, do not fit each other.
+        Args:
+            logits: (B, C, D, H, W), or a sequence of them, full size first, each side dividing the one before.
+            labels: of the same B, C, D, H, W; for tensors, `DenseLabels(label, known)`.
+
+        Raises:
+            InputError: the shapes, or ``class_weights``, do not fit each other.
         """
         outputs = [logits] if isinstance(logits, Tensor) else list(logits)
         if not outputs or tuple(outputs[0].shape) != labels.shape:

@@ -31,8 +31,16 @@ def pretrain(
 
     Start a training with it by ``model.weights={run folder}``.
 
-    ``config`` is that of the training to prepare; `connectomics.config.few_labels.pretraining_config` says what is
-    used. All else, also the errors, is as in `train`; the run also has ``reconstruction.png`` of its latest validation.
+    Args:
+        config: the training to prepare; `connectomics.config.few_labels.pretraining_config` says what is used.
+        out, checkpoint, resume, overwrite, fast_dev_run, callbacks, progress: as in `train`.
+
+    Returns:
+        The run; it also has ``reconstruction.png`` of its latest validation.
+
+    Raises:
+        ConnectomicsError: configuration, data or checkpoint are not valid.
+        WriteError: the folder holds another run, cannot be written or is in use, or the disk is full.
     """
     return train(
         pretraining_config(config), out, checkpoint=checkpoint, resume=resume, overwrite=overwrite,

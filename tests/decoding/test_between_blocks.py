@@ -211,7 +211,7 @@ def test_walls_that_are_not_there_and_chunks_that_are_missing_are_named(tmp_path
     chunk.write_bytes(stored)
     run_task(task)
     lost = replace(task, parameters=replace(task.parameters, boundary="no"), output=str(tmp_path / "o/d.zarr/c/cell"))
-    with pytest.raises(MissingError, match=r"no Zarr group or array at .*/c/no"):
+    with pytest.raises(MissingError, match=r"no prediction of no at .*/c/no, the boundary that cell"):
         run_task(lost)
 
 

@@ -75,14 +75,18 @@ class IntensityAugmentor:
 
     @torch.no_grad()
     def __call__(self, image: Tensor, codes: Tensor | None, seeds: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the augmented batch, on the same device: image float32 in [0, 1] and codes of the given dtype.
-
-        The given tensors are not changed. Raises `InputError` if their shapes do not fit each other.
+        """Return the augmented batch; the given tensors are not changed.
 
         Args:
             image: (B, C, D, H, W), values in [0, 1]; channels of a sample share its draws (noise differs per voxel).
             codes: (B, D, H, W) integer, 0 where everything is unknown. None leaves out the kinds that move the image.
             seeds: int64 (B,), preferably on the host.
+
+        Returns:
+            image float32 in [0, 1] and codes of the given dtype, on the same device.
+
+        Raises:
+            InputError: the shapes do not fit each other.
         """
         if image.ndim != 5 or seeds.shape != image.shape[:1]:
             raise InputError(
