@@ -267,13 +267,23 @@ def test_tiff_stacks_and_other_methods(run: Path, root: Path, tmp_path: Path) ->
     assert read_labels(crop, ["er"], found[0].grid).known_of("er").all()
 
 
-def test_a_label_map_of_classes_that_do_not_overlap(root: Path, tmp_path: Path) -> None:
+def small_box(root: Path, y: int, crop: str, classes: dict[str, str]) -> Proposal:
+    """A box of 2 x 6 x 6 voxels in the first data set that somebody has looked at."""
     catalog = Catalog.open(str(root))
     dataset = catalog.datasets[0]
-    grid = Multiscale.open(catalog.raw_location(dataset)).grid.crop((3, 4, 5), (2, 6, 6))
-    one = Proposal(1, dataset, "crop900", grid, classes={"mito": "semantic", "er": "semantic"}, done=True)
-    labels = {name: np.zeros(grid.shape, np.uint8) for name in CLASSES}
+    grid = Multiscale.open(catalog.raw_location(dataset)).grid.crop((3, y, 5), (2, 6, 6))
+    return Proposal(1, dataset, crop, grid, classes=classes, done=True)
+
+
+def mito_above_er(box: Proposal) -> dict[str, np.ndarray]:
+    labels = {name: np.zeros(box.grid.shape, np.uint8) for name in CLASSES}
     labels["mito"][:, :2], labels["er"][:, 3:] = 1, 1
+    return labels
+
+
+def test_a_label_map_of_classes_that_do_not_overlap(root: Path, tmp_path: Path) -> None:
+    one = small_box(root, 4, "crop900", {"mito": "semantic", "er": "semantic"})
+    dataset, grid, labels = one.dataset, one.grid, mito_above_er(one)
     write_labels(tmp_path, one, labels, "tiff")
     source = open_volume(one.file(tmp_path, "label_map", "tiff"))
     assert np.array_equal(source.read((0, 0, 0), grid.shape), labels["mito"] + 2 * labels["er"])
@@ -291,10 +301,8 @@ def test_a_label_map_of_classes_that_do_not_overlap(root: Path, tmp_path: Path) 
 
 def test_a_class_that_was_drawn_with_annotate_is_unknown_where_nobody_drew(root: Path, tmp_path: Path) -> None:
     """New labels of `pytc annotate` have another value for unknown voxels than those of `propose`, and may have 255."""
-    catalog = Catalog.open(str(root))
-    dataset = catalog.datasets[0]
-    grid = Multiscale.open(catalog.raw_location(dataset)).grid.crop((3, 14, 5), (2, 6, 6))
-    one = Proposal(1, dataset, "crop901", grid, classes={"nuc": "instance"}, done=True)
+    one = small_box(root, 14, "crop901", {"nuc": "instance"})
+    dataset, grid = one.dataset, one.grid
     drawn = EditableLabels.create(one.file(tmp_path, "nuc", "zarr"), "nuc", grid)
     for z in (0, 1):
         drawn.write(z, 0, 0, np.array([[255, 256, 0]], np.uint32))
@@ -310,12 +318,8 @@ def test_a_class_that_was_drawn_with_annotate_is_unknown_where_nobody_drew(root:
 def test_a_label_map_that_was_corrected_and_is_not_taken_is_named(
     root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    catalog = Catalog.open(str(root))
-    dataset = catalog.datasets[0]
-    grid = Multiscale.open(catalog.raw_location(dataset)).grid.crop((3, 24, 5), (2, 6, 6))
-    one = Proposal(1, dataset, "crop902", grid, classes={"mito": "semantic", "er": "semantic"}, done=True)
-    labels = {name: np.zeros(grid.shape, np.uint8) for name in CLASSES}
-    labels["mito"][:, :2], labels["er"][:, 3:] = 1, 1
+    one = small_box(root, 24, "crop902", {"mito": "semantic", "er": "semantic"})
+    grid, labels = one.grid, mito_above_er(one)
     together = labels["mito"] + 2 * labels["er"]
     for number, file_format in enumerate(("tiff", "zarr")):
         folder = tmp_path / file_format
