@@ -143,7 +143,8 @@ def check_states(contents: Sequence[Content], classes: Sequence[str]) -> list[st
     if not any(absent for _, absent in states.values()):
         raise InputError(
             f"the training crops know only where {names} are, nowhere that they are not: a network would learn to say "
-            "yes everywhere; ingest the labels again with 0 meaning absent where somebody looked (--slices, --known)"
+            "yes everywhere; accept complete sections in `pytc annotate` (key A), or ingest the labels again with 0 "
+            "meaning absent where somebody looked (--slices, --known)"
         )
     said = {
         (True, False): "is known only where it is present in the training crops, never to be absent",
