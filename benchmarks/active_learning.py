@@ -7,8 +7,8 @@ of boxes and the same processor time in each round. The end of the volume valida
 
     python benchmarks/active_learning.py tutorials/lucchi.yaml data --dataset lucchi-train --class mito --out active
 
-writes ``results.csv`` (method, seed, boxes, minutes, IoU) and prints its table. After an interruption the same command
-goes on; other options need another folder.
+writes ``results.csv`` (method, seed, boxes, minutes, IoU: mean and of each class) and prints its table. After an
+interruption the same command goes on; other options need another folder.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("root", type=Path, help="data root with the annotated volume")
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--crop", default="crop1")
-    parser.add_argument("--class", dest="name", required=True)
+    parser.add_argument("--class", dest="names", nargs="+", required=True, help="results are the mean of these")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--methods", nargs="+", default=["random", "uncertainty"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
@@ -69,8 +69,9 @@ class Study:
         file.write_text(text, encoding="utf-8")
         catalog = cx.open_root(options.root)
         self.raw = Path(catalog.raw_location(options.dataset))
-        self.truth: LabelArray = catalog.crop(options.dataset, options.crop).labels[options.name]
-        grid = self.truth.grid
+        labels = catalog.crop(options.dataset, options.crop).labels
+        self.truth: dict[str, LabelArray] = {name: labels[name] for name in options.names}
+        grid = self.truth[options.names[0]].grid
         sections = grid.shape[0] - options.validate
         self.open, self.held = (
             grid.crop((first, 0, 0), (number, *grid.shape[1:]))
@@ -111,19 +112,21 @@ class Study:
 
     def ingest(self, root: Path, crop: str, grid: VoxelGrid) -> None:
         """Import the truth of a box as a crop."""
-        file = root / f"{crop}.npy"
-        np.save(file, self.labels(grid))
-        labels = {f"{self.options.name}:semantic": str(file)}
+        files = {name: root / f"{crop}-{name}.npy" for name in self.truth}
+        for name, file in files.items():
+            np.save(file, self.labels(name, grid))
+        labels = {f"{name}:semantic": str(file) for name, file in files.items()}
         begin = np.subtract(grid.box.begin, Multiscale.open(self.raw).grid.box.begin)
         cx.ingest(root, self.options.dataset, labels=labels, crop=crop, voxel_size=grid.voxel_size, begin=list(begin),
                   unknown=proposals.UNKNOWN, overwrite=True)  # fmt: skip
-        file.unlink()
+        for file in files.values():
+            file.unlink()
 
-    def labels(self, grid: VoxelGrid) -> np.ndarray:
-        """The truth of a box, (D, H, W) uint8; 255: unknown."""
-        first, part = self.truth.grid.part(grid.box)
-        stored = self.truth.read_stored(first, part.shape)
-        present, known = self.truth.annotation.decode(stored)
+    def labels(self, name: str, grid: VoxelGrid) -> np.ndarray:
+        """The truth of a class in a box, (D, H, W) uint8; 255: unknown."""
+        truth = self.truth[name]
+        first, part = truth.grid.part(grid.box)
+        present, known = truth.annotation.decode(truth.read_stored(first, part.shape))
         return np.where(known, present, proposals.UNKNOWN).astype(np.uint8)
 
     def annotate(self, place: Path, root: Path, run: Path, method: str, seed: int, budget: int) -> None:
@@ -138,8 +141,8 @@ class Study:
         if len(rows) != budget:
             sys.exit(f"{folder} has {len(rows)} boxes, {budget} were asked for: no more are free; give fewer --boxes")
         for row in rows:
-            shutil.rmtree(row.file(folder, self.options.name, "zarr"), ignore_errors=True)
-            proposals.write_labels(folder, row, {self.options.name: self.labels(row.grid)}, "zarr")
+            shutil.rmtree(row.file(folder, proposals.MAP, "zarr").parent, ignore_errors=True)
+            proposals.write_labels(folder, row, {name: self.labels(name, row.grid) for name in self.truth}, "zarr")
         cx.ingest(root, proposals=folder, done=[row.rank for row in rows], overwrite=True)
 
     def train(self, folder: Path, root: Path, before: Path | None, seed: int) -> None:
@@ -168,15 +171,16 @@ class Study:
 
     def record(self, method: str, seed: int, boxes: int, run: Path) -> None:
         """Add the score that the last validation of a run gave."""
-        iou = open_run(run).metrics.get(f"val/{self.options.name}/iou")
-        if iou is None:
+        scores = [open_run(run).metrics.get(f"val/{name}/iou") for name in self.truth]
+        if None in scores:
             sys.exit(f"{run} ended before it was validated; give more --minutes, or training.val_every_n_epochs=1")
         new = not self.results.exists()
         with self.results.open("a", newline="", encoding="utf-8") as table:
             writer = csv.writer(table)
             if new:
-                writer.writerow(["method", "seed", "boxes", "minutes", "iou"])
-            writer.writerow([method, seed, boxes, self.options.minutes, f"{iou:.4f}"])
+                writer.writerow(["method", "seed", "boxes", "minutes", "iou", *self.truth])
+            numbers = [f"{score:.4f}" for score in (np.mean(scores), *scores)]
+            writer.writerow([method, seed, boxes, self.options.minutes, *numbers])
 
     def table(self) -> str:
         """Mean IoU and the values of all seeds, by method and number of boxes."""

@@ -1,26 +1,37 @@
-"""Data roots for the benchmarks of the data path: pieces of the phantom, in CellMap's layout."""
+"""Data roots for the benchmarks: pieces of the phantom, in CellMap's layout.
+
+    python benchmarks/data_roots.py data/rare
+
+makes the `annotated_volume` of active_learning.py.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import sys
+from collections.abc import Sequence
 from math import pi
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
-from connectomics.geometry import Box, VoxelGrid
+import connectomics as cx
+from connectomics.geometry import Box, Index, VoxelGrid, slices_of
 from connectomics.phantom import PHANTOM_CLASSES, write
 from connectomics.phantom.layout import CropPlan, DatasetPlan
-from connectomics.phantom.scene import Tone
+from connectomics.phantom.scene import Scene, Tone, class_mask
 
 #: Fourteen classes as a run would have them: instances, groups, membranes and lumina.
 FOURTEEN = (
     "mito", "nuc", "er", "ld", "lyso", "endo", "golgi", "ves", "pm", "ecs", "cyto", "mito_mem", "er_mem", "chrom",
 )  # fmt: skip
 THREE = FOURTEEN[:3]
+#: Two frequent classes, and three that fill less than 1 % of the cell.
+RARE = ("mito", "er", "ld", "lyso", "endo")
 #: Flips and a rotation by any angle about every axis in every patch.
 AUGMENTED: dict[str, Any] = {
     **{f"RandFlipd_{a + 2}": {"keys": ["image", "label"], "prob": 0.5, "spatial_axis": a} for a in range(3)},
@@ -74,6 +85,25 @@ def forty_crops(out: Path, crops: int = 40, raw_nm: float = 2400.0) -> Path:
     return out
 
 
+def annotated_volume(out: Path, classes: Sequence[str] = RARE, shape: Index = (256, 288, 288), seed: int = 11) -> Path:
+    """A root with one data set of 8 nm raw, all of which is annotated, as crop1. Made once."""
+    if not out.exists():
+        grid = VoxelGrid((8.0, 8.0, 8.0), (4.0, 4.0, 4.0), shape)
+        scene = Scene.build(seed, grid.box, lattice=grid)
+        raw, atoms = np.empty(shape, np.uint8), np.empty(shape, np.uint8)
+        for begin, block in grid.blocks((32, *shape[1:])):
+            part, where = scene.render(block), slices_of(begin, block.shape)
+            raw[where], atoms[where] = part.raw, part.atoms
+        with TemporaryDirectory() as folder:
+            files = {name: Path(folder, f"{name}.npy") for name in ("raw", *classes)}
+            np.save(files["raw"], raw)
+            for name in classes:
+                np.save(files[name], class_mask(atoms, name).view(np.uint8))
+            labels = {f"{name}:semantic": str(files[name]) for name in classes}
+            cx.ingest(out, "phantom", raw=str(files["raw"]), labels=labels, voxel_size=(8.0, 8.0, 8.0))
+    return out
+
+
 def _move(crop: Path, by: list[float]) -> None:
     """Shift every multiscale of a crop by nm, z y x."""
     for file in crop.glob("*/.zattrs"):
@@ -84,3 +114,7 @@ def _move(crop: Path, by: list[float]) -> None:
                     transform["translation"] = [t + b for t, b in zip(transform["translation"], by, strict=True)]
         file.unlink()  # it is a link to that of the crop it was copied from
         file.write_text(json.dumps(attrs), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    annotated_volume(Path(sys.argv[1]))

@@ -364,7 +364,7 @@ def test_rounds_of_other_options_are_not_continued(phantom: Path, tmp_path: Path
     rounds = runpy.run_path(str(ROOT / "benchmarks/active_learning.py"))["Study"]
     crop = next(crop for crop in Catalog.open(str(phantom)).crops() if "mito" in crop.labels)
     options = Namespace(
-        root=phantom, dataset=crop.dataset, crop=crop.name, name="mito", validate=2, out=tmp_path / "rounds",
+        root=phantom, dataset=crop.dataset, crop=crop.name, names=["mito"], validate=2, out=tmp_path / "rounds",
         minutes=1.0, boxes=[2, 4], methods=["random"], seeds=[1],
     )  # fmt: skip
     rounds(options)
