@@ -186,6 +186,14 @@ def unfinished_folder(place: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def link_or_copy(source: str, target: str) -> None:
+    """Make ``target`` a hard link to a file, or a copy on another disk or a file system without links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def unfinished(parent: Path, prefix: str) -> Path:
     """Return a new name in ``parent`` that starts with ``prefix`` and contains this host and process."""
     return parent / f"{prefix}{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"

@@ -133,6 +133,15 @@ def check_inputs(path: str | Path, trained: RunConfig, config: RunConfig) -> Non
         )
 
 
+def name_voxel_sizes(path: str | Path, trained: RunConfig, config: RunConfig) -> None:
+    """Warn if a checkpoint was trained at other voxel sizes, also of further inputs, than the configuration's."""
+    sizes = [[list(part.voxel_size) for part in (of.dataset, *of.data.inputs)] for of in (trained, config)]
+    if sizes[0] != sizes[1]:
+        found, asked = (" and ".join(map(str, of)) for of in sizes)
+        message = "checkpoint %s was trained at %s nm, the configuration has %s nm: expect worse results"
+        log.warning(message, path, found, asked)
+
+
 def load_network(path: str | Path, config: RunConfig | None = None) -> TrainedNetwork:
     """Return the network of a checkpoint or a package, on the CPU, in evaluation mode.
 
@@ -176,9 +185,7 @@ def _configured(path: str | Path, config: RunConfig | None) -> tuple[RunConfig, 
         check_classes(path, trained.dataset.classes, config.dataset.classes)
         check_heads(path, trained, config)
         check_inputs(path, trained, config)
-        if list(trained.dataset.voxel_size) != list(config.dataset.voxel_size):
-            message = "checkpoint %s was trained at %s nm, the configuration has %s nm: expect worse results"
-            log.warning(message, path, trained.dataset.voxel_size, config.dataset.voxel_size)
+        name_voxel_sizes(path, trained, config)
         # the heads are the same; the given configuration decides whether they are written
         model = replace(trained.model, heads=config.model.heads)
         plugins = list(dict.fromkeys([*config.plugins, *trained.plugins]))

@@ -26,6 +26,8 @@ from connectomics.lightning.model_package import split_of
 
 log = logging.getLogger(__name__)
 
+_ADVICE = "do not evaluate or tune on training data; --crops val predicts the others"
+
 
 @dataclass(frozen=True)
 class Target:
@@ -157,7 +159,7 @@ def chosen_targets(
 
 
 def with_trained(
-    targets: Sequence[Target] | None, config: RunConfig, checkpoints: Sequence[str | Path]
+    targets: Sequence[Target] | None, config: RunConfig, checkpoints: Sequence[str | Path], advice: str = _ADVICE
 ) -> list[Target]:
     """Return targets (None: those of the configuration) that say whether a network was trained on a part of them, as
     far as its run (``split.yaml``) or its package says so. Warn of these."""
@@ -169,17 +171,17 @@ def with_trained(
         regions = [region for key, region in seen if key == target.key]
         trained = any(r is None or any(not r.intersect(box).is_empty for box in boxes) for r in regions)
         found.append(replace(target, seen_in_training=trained))
-    name_trained((target.key, target.seen_in_training) for target in found)
+    name_trained(((target.key, target.seen_in_training) for target in found), advice)
     return found
 
 
-def name_trained(crops: Iterable[tuple[str, bool]]) -> None:
+def name_trained(crops: Iterable[tuple[str, bool]], advice: str = _ADVICE) -> None:
     """Warn of crops (``dataset/crop``, and whether a network was trained on it) for which this holds at least once."""
     known = dict(sorted(crops))
     if seen := [key for key, trained in known.items() if trained]:
         log.warning(
-            "%d of %s %s used for training (%s): do not evaluate or tune on training data; --crops val predicts the "
-            "others", len(seen), number_of(len(known), "crop"), "was" if len(seen) == 1 else "were", first_of(seen, 3),
+            "%d of %s %s used for training (%s): %s", len(seen), number_of(len(known), "crop"),
+            "was" if len(seen) == 1 else "were", first_of(seen, 3), advice,
         )  # fmt: skip
 
 
