@@ -178,6 +178,11 @@ def ingest_labels(
     source, chosen = drawn.source, known or Known()
     raw = Multiscale.open(Catalog.open(str(root)).raw_location(dataset)).grid
     size = triple(voxel_size, "voxel_size") if voxel_size is not None else source.voxel_size or raw.voxel_size
+    if voxel_size is None and source.shape == raw.shape and not np.allclose(size, raw.voxel_size, rtol=1e-3):
+        log.warning(
+            "%s has the shape of the raw of %s, but voxels of %s nm, as the file says, instead of %s; give "
+            "--voxel-size if they are the same voxels", source.location, dataset, _nm(size), _nm(raw.voxel_size),
+        )  # fmt: skip
     if begin is None and source.begin is not None:
         face = source.begin
     else:

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CHECKPOINT_KEY = "connectomics"  # key of this package's entries in a Lightning checkpoint
+_KEPT = ("dataset.voxel_size", "training.ema", "optimizer.decay_norm_and_bias", "optimizer.layer_decay",
+         "model.freeze", "model.adapters")  # fmt: skip
 CHECKPOINT_FORMAT = 2  # 1: without normalization and without centering
 
 
@@ -211,14 +213,10 @@ def check_resumable(path: str | Path, module: ConnectomicsModule) -> None:
     trained = checkpoint_config(content, path)
     check_classes(path, trained.dataset.classes, module.classes)
     check_heads(path, trained, module.config)
-    for key, before, now in (
-        ("dataset.voxel_size", *(list(c.dataset.voxel_size) for c in (trained, module.config))),
-        ("training.ema", trained.training.ema, module.config.training.ema),
-        ("optimizer.decay_norm_and_bias", *(c.optimizer.decay_norm_and_bias for c in (trained, module.config))),
-        ("optimizer.layer_decay", *(c.optimizer.layer_decay for c in (trained, module.config))),
-        ("model.freeze", trained.model.freeze, module.config.model.freeze),
-        ("model.adapters", *(plain(c.model.adapters) for c in (trained, module.config))),
-    ):
+    both = [plain(trained), plain(module.config)]
+    for key in _KEPT:
+        group, name = key.split(".")
+        before, now = (values[group][name] for values in both)
         if bool(before) != bool(now) if key == "training.ema" else before != now:
             raise InputError(
                 f"the run of checkpoint {path} has {key}={before}, the configuration {key}={now}; use the run's value, "

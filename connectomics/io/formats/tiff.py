@@ -206,13 +206,13 @@ def _volume_shape(axes: str, shape: Sequence[int], path: Path) -> tuple[int, ...
 
 
 def _imagej_size(file: Any) -> Triple | None:
-    """From Fiji's pixels per unit in x and y, and ``spacing`` and ``unit`` in its own metadata."""
-    about = file.imagej_metadata
-    if not about:
-        return None
-    factor = in_nm(about.get("unit"))
+    """From Fiji's pixels per unit in x and y, and ``spacing`` and ``unit`` in its own metadata.
+
+    None without ``spacing``: Fiji leaves it out for a single section, and if nobody has set the thickness."""
+    about = file.imagej_metadata or {}
+    factor, spacing = in_nm(about.get("unit")), about.get("spacing")
     tags = file.pages[0].tags
-    if factor is None or "XResolution" not in tags or "YResolution" not in tags:
+    if factor is None or spacing is None or "XResolution" not in tags or "YResolution" not in tags:
         return None
     steps = []
     for name in ("YResolution", "XResolution"):
@@ -220,7 +220,7 @@ def _imagej_size(file: Any) -> Triple | None:
         if above == 0:
             return None
         steps.append(below / above * factor)
-    return float(about.get("spacing", steps[0] / factor)) * factor, steps[0], steps[1]
+    return float(spacing) * factor, steps[0], steps[1]
 
 
 def _ome_size(file: Any) -> Triple | None:
