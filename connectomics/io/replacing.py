@@ -106,7 +106,7 @@ def write_file(path: Path, data: bytes | bytearray | memoryview) -> None:
         path.put(data)
         return
     local_path(path)  # refuses URLs
-    part = path.parent / f".{path.name}.part-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    part = part_of(path)
     try:
         with as_write_error(f"cannot write {path}", "free space or choose a folder you may write to"):
             try:
@@ -149,7 +149,7 @@ def publish(finished: Path, location: Path) -> None:
     if isinstance(finished, S3Path) and isinstance(location, S3Path):
         move_tree(finished, location)
         return
-    old = _aside(location)
+    old = part_of(location, "old")
     with as_write_error(f"cannot move {finished} to {location}"):
         if location.exists():
             location.rename(old)
@@ -169,7 +169,7 @@ def put_aside(location: Path) -> None:
         remove_tree(location)
         return
     with as_write_error(f"cannot replace {location}"):
-        location.rename(_aside(location))
+        location.rename(part_of(location, "old"))
     _remove_aside(location)
 
 
@@ -194,6 +194,11 @@ def link_or_copy(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
+def part_of(path: Path, what: str = "part") -> Path:
+    """Return a new hidden name beside ``path``, for a file or folder that this process moves there, or away."""
+    return path.with_name(f".{path.name}.{what}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+
+
 def unfinished(parent: Path, prefix: str) -> Path:
     """Return a new name in ``parent`` that starts with ``prefix`` and contains this host and process."""
     return parent / f"{prefix}{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
@@ -216,10 +221,6 @@ def remove_abandoned(parent: Path, prefix: str) -> None:
 
 def _host() -> str:
     return platform.node() or "localhost"
-
-
-def _aside(location: Path) -> Path:
-    return location.with_name(f".{location.name}.old-{os.getpid()}-{uuid.uuid4().hex[:8]}")
 
 
 def _remove_aside(location: Path) -> None:

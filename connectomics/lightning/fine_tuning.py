@@ -73,6 +73,7 @@ def begin_with(path: str | Path, module: ConnectomicsModule) -> int:
             f"{copied} of {weights} weights fit; use the same `model` settings"
         )
     module.network.load_state_dict(taken, strict=False)
+    module.begun_outputs = found
     new = sorted(own.keys() - taken.keys())
     adapters = module.config.model.adapters  # they freeze all but the output and what `train` names
     for name, parameter in module.network.named_parameters() if adapters.rank else ():

@@ -87,15 +87,15 @@ def choose(
     average: int = 1,
     classes: Collection[str] | None = None,
     parameters: Mapping[str, DecodeParameters] | None = None,
-    untuned: Mapping[str, DecodeParameters] | None = None,
+    fixed: Collection[str] = (),
 ) -> dict[str, Choice]:
     """Return what to use for each class.
 
     Args:
         average: number of predictions to average, the best by score.
         classes: only these.
-        parameters: to decode with, by class; else those of the best prediction, else ``untuned``, else the defaults of
-            the class.
+        parameters: to decode with, by class, if the best prediction has no tuned ones; else the defaults of the class.
+        fixed: classes for which ``parameters`` also replace tuned ones.
 
     Raises:
         InputError: several predictions have a class and one of them has no score, or scores of different measures.
@@ -116,8 +116,8 @@ def choose(
     for name in known if classes is None else sorted(classes):
         ranked = _ranked(name, [candidate for candidate in candidates if name in there[candidate]])
         best = ranked[0].scores.get(name)
-        own = (parameters or {}).get(name) or (best.parameters if best else None)
-        own = own or (untuned or {}).get(name) or default_parameters(name)
+        tuned = best.parameters if best and name not in fixed else None
+        own = tuned or (parameters or {}).get(name) or default_parameters(name)
         number = min(average, len(ranked))
         if number > 1 and (own.method in AFFINITY_METHODS or own.height):
             log.warning("%s is decoded with heads of its network, which are not averaged; using the best one", name)
@@ -221,8 +221,7 @@ def merge(
         candidates = _candidates(sources, tuned, work / "predicted", table)
         own = settings.decoding
         decoding = decode_parameters({name for c in candidates for name in c.classes}, own.default, own.classes)
-        given = {name: parameters for name, parameters in decoding.items() if name in own.classes}
-        choices = choose(candidates, average=average, classes=classes, parameters=given, untuned=decoding)
+        choices = choose(candidates, average=average, classes=classes, parameters=decoding, fixed=own.classes)
         for one in candidates:
             if one.network is not None:
                 from connectomics.pipeline.predict import predict

@@ -15,6 +15,7 @@ from connectomics.cellmap.classes import unions_of
 from connectomics.cellmap.crop_table import CropTable
 from connectomics.config.schema import RunConfig
 from connectomics.data.normalization import for_prediction
+from connectomics.data.run_split import run_crops
 from connectomics.data.splits import kept_out, parse_entry
 from connectomics.errors import ConfigError, InputError, MissingError, first_of, number_of
 from connectomics.geometry import Box, Triple, VoxelGrid
@@ -73,8 +74,7 @@ def targets_of(
     if table is not None:
         return table_targets(CropTable.resolve(table), predicted_classes(config))
     classes = predicted_classes(config)
-    crops = Catalog.open(config.dataset.data_root).crops(config.dataset.datasets, config.dataset.crops, classes)
-    return [crop_target(crop, classes) for crop in crops]
+    return [crop_target(crop, classes) for crop in run_crops(config, classes)]
 
 
 def predicted_classes(config: RunConfig) -> list[str]:
@@ -94,8 +94,6 @@ def kept_out_targets(config: RunConfig, checkpoints: Sequence[str | Path]) -> li
             ``RUN/checkpoints/x.ckpt``, or a package was made from such a checkpoint.
         InputError: every crop was used to train one of the networks.
     """
-    data = config.dataset
-    crops = Catalog.open(data.data_root).crops(data.datasets, data.crops, data.classes)
     splits = {}
     for path in checkpoints:
         if not (split := split_of(path)) or not split.val:
@@ -104,10 +102,10 @@ def kept_out_targets(config: RunConfig, checkpoints: Sequence[str | Path]) -> li
                 "that it was not trained on yourself: dataset.crops=[...]"
             )
         splits[str(path)] = split
-    kept = kept_out(crops, splits)
+    kept = kept_out(run_crops(config), splits)
     if not kept:
         raise InputError(
-            f"no crop of {data.data_root} was kept out of the training of "
+            f"no crop of {config.dataset.data_root} was kept out of the training of "
             f"{', '.join(map(str, checkpoints))}; name the crops yourself: dataset.crops=[...]"
         )
     return [crop_target(crop, predicted_classes(config)) for crop in kept]

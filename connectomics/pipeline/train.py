@@ -235,19 +235,12 @@ def _fit(
 
 def _set_output_bias(config: RunConfig, module: ConnectomicsModule, data: pl.LightningDataModule) -> None:
     """Set the output biases by ``model.init_bias``; channels that ``model.weights`` has keep theirs."""
-    from connectomics.lightning.checkpoints import checkpoint_config, read_checkpoint
-    from connectomics.lightning.fine_tuning import output_names
     from connectomics.lightning.output_bias import begin_at_prevalence
-    from connectomics.lightning.run_state import weights_file
 
-    keep: list[str] = []
-    if config.model.weights is not None and config.model.weights_format == "connectomics":
-        weights = weights_file(config.model.weights)
-        keep = output_names(checkpoint_config(read_checkpoint(weights), weights))
     batches: Iterable[dict[str, Any]] = ()
     if config.model.init_bias == "prevalence":
         batches = _first_batches(data, "model.init_bias=prevalence", "give a number instead")
-    begin_at_prevalence(module, batches, keep)
+    begin_at_prevalence(module, batches, module.begun_outputs)
 
 
 def _first_batches(data: pl.LightningDataModule, key: str, hint: str) -> Iterator[dict[str, Any]]:

@@ -316,6 +316,19 @@ def test_raw_comes_in_with_its_pyramid(tmp_path: Path) -> None:
     assert np.array_equal(got, np.clip(np.rint(again * np.float32(255 / 1990)), 0, 255).astype(np.uint8))
 
 
+def test_labels_of_a_raw_that_is_replaced_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The voxel size is corrected: the labels keep the one with which they were placed."""
+    root, source = tmp_path / "root", open_volume(as_npy(tmp_path, values()))
+    ingest_raw(root, "mine", source, SIZE)
+    ingest_raw(root, "mine", source, (8, 8, 8), overwrite=True)
+    ingest_labels(root, "mine", "crop4", Drawn("er", source, "semantic"))
+    ingest_raw(root, "mine", source, (8, 8, 8), overwrite=True)
+    assert caplog.text == ""
+    ingest_raw(root, "mine", source, (4, 4, 4), overwrite=True)
+    assert "mine: the raw has another voxel size or position now, and labels stay" in caplog.text
+    assert "(crop4); ingest them again" in caplog.text
+
+
 def test_labels_of_each_kind_mean_what_they_meant(tmp_path: Path) -> None:
     root = tmp_path / "root"
     ingest_raw(root, "mine", open_volume(as_npy(tmp_path, values())), SIZE)

@@ -35,10 +35,10 @@ def open_hdf5(path: Path, inner: str | None) -> VolumeSource:
         raise CorruptDataError(f"{path} cannot be read as HDF5: {error}") from error
     volumes: list[str] = []
     file.visititems(lambda name, node: volumes.append(name) if getattr(node, "ndim", 0) == 3 else None)
-    if (inner is None and len(volumes) != 1) or (inner is not None and inner not in volumes):
+    name = volumes[0] if inner is None and len(volumes) == 1 else inner
+    if name not in volumes:
         file.close()
         raise InputError(f"{path} holds {', '.join(volumes) or 'no volume of three axes'}; name one: {path}:/NAME")
-    name = inner or volumes[0]
     data = file[name]
     axes = "".join(re.findall(r'"key":\s*"(\w)"', str(data.attrs.get("axistags"))))
     if not re.fullmatch("([zt]yx)?", axes):

@@ -58,9 +58,10 @@ def open_npy(path: Path, inner: str | None) -> VolumeSource:
     if isinstance(found, np.ndarray):
         return VolumeSource.of(str(path), found)
     with found:
-        if (inner is None and len(found.files) != 1) or (inner is not None and inner not in found.files):
+        name = found.files[0] if inner is None and len(found.files) == 1 else inner
+        if name not in found.files:
             raise InputError(f"{path} holds {', '.join(found.files) or 'nothing'}; name one: {path}:NAME")
-        return VolumeSource.of(str(path), found[inner or found.files[0]])
+        return VolumeSource.of(str(path), found[name])
 
 
 def open_nrrd(path: Path, inner: str | None) -> VolumeSource:
@@ -75,9 +76,9 @@ def open_nrrd(path: Path, inner: str | None) -> VolumeSource:
             offset = file.tell()
     except (OSError, ValueError, RuntimeError, nrrd.NRRDError) as error:
         raise CorruptDataError(f"{path} cannot be read as NRRD: {error}") from error
-    data_file = path
-    if "data file" in header or "datafile" in header:
-        data_file, offset = path.parent / str(header.get("data file", header.get("datafile"))), 0
+    data_file, detached = path, header.get("data file", header.get("datafile"))
+    if detached is not None:
+        data_file, offset = path.parent / str(detached), 0
     for skip in ("byte skip", "line skip"):
         if int(header.get(skip, 0)) != 0:
             raise InputError(f"{path} has a {skip}, which is not read; save it again without")
