@@ -21,7 +21,8 @@ from connectomics.io.multiscale import Multiscale
 
 log = logging.getLogger(__name__)
 
-Marks, Floats = NDArray[np.bool_], NDArray[np.float64]
+Marks = NDArray[np.bool_]
+Floats = NDArray[np.float64]
 
 METHODS = ("uncertainty", "random", "even")
 _DRAWN = 100_000  # places of a data set that are looked at, at most, to find enough candidates

@@ -137,11 +137,11 @@ def check_inputs(path: str | Path, trained: RunConfig, config: RunConfig) -> Non
 
 def name_voxel_sizes(path: str | Path, trained: RunConfig, config: RunConfig) -> None:
     """Warn if a checkpoint was trained at other voxel sizes, also of further inputs, than the configuration's."""
-    sizes = [[list(part.voxel_size) for part in (of.dataset, *of.data.inputs)] for of in (trained, config)]
-    if sizes[0] != sizes[1]:
-        found, asked = (" and ".join(map(str, of)) for of in sizes)
+    both = ([of.dataset.voxel_size, *(item.voxel_size for item in of.data.inputs)] for of in (trained, config))
+    found, asked = ([list(size) for size in sizes] for sizes in both)
+    if found != asked:
         message = "checkpoint %s was trained at %s nm, the configuration has %s nm: expect worse results"
-        log.warning(message, path, found, asked)
+        log.warning(message, path, *(" and ".join(map(str, sizes)) for sizes in (found, asked)))
 
 
 def load_network(path: str | Path, config: RunConfig | None = None) -> TrainedNetwork:

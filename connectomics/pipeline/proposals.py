@@ -223,9 +223,9 @@ def ingest_proposals(
     with ExitStack() as stack:
         jobs = list[tuple[Proposal, Drawn]]()
         for row in done:
-            there, drawn = _there(catalog, row), _drawn(folder, row, stack)
-            jobs += [(row, d) for d in drawn if overwrite or d.class_name not in there]
-            if overwrite and (others := sorted(set(there) - {d.class_name for d in drawn})):
+            there, opened = _there(catalog, row), _drawn(folder, row, stack)
+            jobs += [(row, d) for d in opened if overwrite or d.class_name not in there]
+            if overwrite and (others := sorted(set(there) - {d.class_name for d in opened})):
                 log.warning(
                     "%s has labels of %s in the data root, but not in its row of %s; remove them if they do not count",
                     row.key, ", ".join(others), TABLE,
