@@ -19,6 +19,11 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+def existing(folder: Path) -> Path:
+    """Return the folder, or the nearest one above it that exists."""
+    return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+
+
 def is_first_process() -> bool:
     """Return whether this is the only process, or the first of a data-parallel run by the environment."""
     return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))

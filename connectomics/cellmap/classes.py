@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from types import MappingProxyType
@@ -76,6 +76,11 @@ def atoms_of(name: str) -> tuple[str, ...]:
     """Return the atomic classes of ``name``: itself if it is atomic or not a class of the challenge."""
     known = CLASSES.get(name)
     return known.atoms if known is not None and known.atoms else (name,)
+
+
+def arrays_for(name: str, there: Container[str]) -> list[str]:
+    """Return whose arrays, among ``there``, annotate a class: its own, else those of its atoms."""
+    return [name] if name in there else [atom for atom in atoms_of(name) if atom in there]
 
 
 def unions_of(classes: Sequence[str], wanted: bool | Sequence[str]) -> dict[str, tuple[str, ...]]:

@@ -125,8 +125,8 @@ class EditableLabels:
         counts = {"absent": 0, "unknown": 0}
         for begin, block in self.grid.blocks(_BLOCK):
             values = self._writer.read(begin, block.shape)
-            counts["absent"] += int(np.count_nonzero(values == self.absent))
-            counts["unknown"] += 0 if self.unknown is None else int(np.count_nonzero(values == self.unknown))
+            for state, value in (("absent", self.absent), ("unknown", self.unknown)):
+                counts[state] += int(np.count_nonzero(values == value))  # no voxel is None
         build_levels(self._place, len(self._label.source.levels), "label")
         self._annotate(counts)
         update_attrs(self._place, {ATTRIBUTE: _attribute(complete=True)})

@@ -22,7 +22,7 @@ from connectomics.cellmap.annotation import Annotation, Kind
 from connectomics.cellmap.catalog import EM, GROUND_TRUTH, Catalog
 from connectomics.cellmap.classes import is_instance_class
 from connectomics.cellmap.crop_table import csv_rows
-from connectomics.errors import InputError, MetadataError, MissingError, WriteError, as_write_error
+from connectomics.errors import InputError, MetadataError, MissingError, WriteError, as_write_error, first_of
 from connectomics.geometry import Index, Triple, VoxelGrid, index, triple
 from connectomics.io.artifacts import ATTRIBUTE, Provenance, about
 from connectomics.io.formats import VolumeSource
@@ -143,6 +143,14 @@ def ingest_raw(
         scaled = (values.astype(np.float32) - np.float32(low)) * np.float32(255 / (high - low))
         return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
 
+    labels = sorted((_data_set(root, dataset) / GROUND_TRUTH).glob("crop*/*/s0"))
+    before = Multiscale.open(str(place)).grid if place.exists() and labels else grid
+    if (before.voxel_size, before.translation) != (grid.voxel_size, grid.translation):
+        crops = first_of(sorted({label.parent.parent.name for label in labels}), 3)
+        log.warning(
+            "%s: the raw has another voxel size or position now, and labels stay where they were drawn on the earlier "
+            "one (%s); ingest them again", dataset, crops,
+        )  # fmt: skip
     with _placed(place, overwrite) as folder:
         (writer,) = create_multiscale(folder, [grid], dtype, name=place.name)
         _copy(source, writer, convert, progress)
@@ -178,6 +186,11 @@ def ingest_labels(
     source, chosen = drawn.source, known or Known()
     raw = Multiscale.open(Catalog.open(str(root)).raw_location(dataset)).grid
     size = triple(voxel_size, "voxel_size") if voxel_size is not None else source.voxel_size or raw.voxel_size
+    if voxel_size is None and source.shape == raw.shape and not np.allclose(size, raw.voxel_size, rtol=1e-3):
+        log.warning(
+            "%s has the shape of the raw of %s, but voxels of %s nm, as the file says, instead of %s; give "
+            "--voxel-size if they are the same voxels", source.location, dataset, _nm(size), _nm(raw.voxel_size),
+        )  # fmt: skip
     if begin is None and source.begin is not None:
         face = source.begin
     else:

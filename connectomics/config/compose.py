@@ -33,7 +33,7 @@ def load_config(path: str | Path | None = None, *overrides: str | Sequence[str])
         ConfigError: a key is unknown (the message names the nearest key), or a value has the wrong type or is out of
             range.
     """
-    given = [text for item in overrides for text in ([item] if isinstance(item, str) else item)]
+    given = _listed(overrides)
     if path is None:  # no Hydra without need: its import takes longer than many a verb
         return _composed({}, Path(), given) if given else RunConfig()
     file = Path(path).expanduser()
@@ -49,8 +49,12 @@ def as_config(config: RunConfig | str | Path, *overrides: str | Sequence[str]) -
     """Return `load_config` of a file, or a configuration with overrides."""
     if not isinstance(config, RunConfig):
         return load_config(config, *overrides)
-    given = [text for item in overrides for text in ([item] if isinstance(item, str) else item)]
+    given = _listed(overrides)
     return _composed(asdict(config), Path(), given) if given else config
+
+
+def _listed(overrides: Sequence[str | Sequence[str]]) -> list[str]:
+    return [text for item in overrides for text in ([item] if isinstance(item, str) else item)]
 
 
 def _composed(node: dict[str, Any], folder: Path, given: Sequence[str], where: str = "the configuration") -> RunConfig:

@@ -21,6 +21,9 @@ from connectomics.io.multiscale import Multiscale
 
 log = logging.getLogger(__name__)
 
+Marks = NDArray[np.bool_]
+Floats = NDArray[np.float64]
+
 METHODS = ("uncertainty", "random", "even")
 _DRAWN = 100_000  # places of a data set that are looked at, at most, to find enough candidates
 _FACE = 1e-6  # nm: boxes that share a face do not overlap
@@ -170,18 +173,16 @@ def choose_random(pool: Pool, budget: int, rng: np.random.Generator) -> list[Cho
 def choose_even(pool: Pool, budget: int) -> list[Choice]:
     """Return candidates spread evenly: the data sets take turns, and each gives the box that is farthest from all that
     is annotated or chosen in it (Gonzalez, Theor. Comput. Sci. 38, 1985); the first one is in the middle."""
-    distance, taken, found = pool.nearest_annotated(), np.zeros(int(pool.groups.max()) + 1), list[Choice]()
-    centers, free = pool.centers, np.ones(len(pool.boxes), bool)
-    middle = np.array([centers[pool.groups == group].mean(0) for group in pool.groups])
-    to_middle = np.linalg.norm(centers - middle, axis=1)
-    while free.any() and len(found) < budget:
-        turn = free & (taken[pool.groups] == taken[pool.groups[free]].min())
+    middle = np.array([pool.centers[pool.groups == group].mean(0) for group in pool.groups])
+    to_middle = np.linalg.norm(pool.centers - middle, axis=1)
+
+    def choose(free: Marks, taken: Floats, distance: Floats) -> Choice:
+        turn = free & (taken == taken[free].min())
         value = np.where(np.isinf(distance), -to_middle, distance)
         best = int(np.argmax(np.where(turn, value, -np.inf)))
-        found.append(Choice(best, distance=float(distance[best])))
-        free[best], taken[pool.groups[best]] = False, taken[pool.groups[best]] + 1
-        distance = np.minimum(distance, pool.distances(pool.boxes[best], int(pool.groups[best])))
-    return found
+        return Choice(best, distance=float(distance[best]))
+
+    return _one_by_one(pool, budget, choose)
 
 
 def choose_uncertain(pool: Pool, budget: int) -> list[Choice]:
@@ -198,22 +199,34 @@ def choose_uncertain(pool: Pool, budget: int) -> list[Choice]:
     scale = together.std(0)
     own, known = (values[:, scale > 0] / scale[scale > 0] for values in (own, known))
 
-    def apart(one: NDArray[np.float64]) -> NDArray[np.float64]:
+    def apart(one: Floats) -> Floats:
         return np.sqrt(np.square(own - one).mean(1)) if own.shape[1] else np.zeros(len(own))
 
     novelty = np.full(len(own), np.inf)
     for one in known:
         novelty = np.minimum(novelty, apart(one))
-    distance, taken, found = pool.nearest_annotated(), np.zeros(int(pool.groups.max()) + 1), list[Choice]()
-    free = np.ones(len(own), bool)
-    while free.any() and len(found) < budget:
+
+    def choose(free: Marks, taken: Floats, distance: Floats) -> Choice:
         new = np.where(np.isinf(novelty), 1.0, novelty)
         spread = 1 - pool.reach / (distance + pool.reach)
-        score = pool.uncertainty * new * spread / (1 + taken[pool.groups])
+        score = pool.uncertainty * new * spread / (1 + taken)
         best = int(np.argmax(np.where(free, score, -1.0)))
         nearest = float(novelty[best]) if np.isfinite(novelty[best]) else float("nan")
-        found.append(Choice(best, float(score[best]), nearest, float(distance[best])))
-        free[best], taken[pool.groups[best]] = False, taken[pool.groups[best]] + 1
-        novelty = np.minimum(novelty, apart(own[best]))
-        distance = np.minimum(distance, pool.distances(pool.boxes[best], int(pool.groups[best])))
+        np.minimum(novelty, apart(own[best]), out=novelty)
+        return Choice(best, float(score[best]), nearest, float(distance[best]))
+
+    return _one_by_one(pool, budget, choose)
+
+
+def _one_by_one(pool: Pool, budget: int, choose: Callable[[Marks, Floats, Floats], Choice]) -> list[Choice]:
+    """Return candidates in the order of ``choose``, which gets for each whether it is free, how many are chosen in its
+    data set, and its distance (nm) to the nearest annotated or chosen box of it."""
+    distance, taken, found = pool.nearest_annotated(), np.zeros(int(pool.groups.max()) + 1), list[Choice]()
+    free = np.ones(len(pool.boxes), bool)
+    while free.any() and len(found) < budget:
+        found.append(choose(free, taken[pool.groups], distance))
+        best = found[-1].number
+        group = int(pool.groups[best])
+        free[best], taken[group] = False, taken[group] + 1
+        distance = np.minimum(distance, pool.distances(pool.boxes[best], group))
     return found

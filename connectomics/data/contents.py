@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from connectomics.cellmap.catalog import Crop, LabelArray
-from connectomics.cellmap.classes import atoms_of
+from connectomics.cellmap.classes import arrays_for
 from connectomics.cellmap.labels import arrays_needed
 from connectomics.cellmap.summary import label_counts
 from connectomics.errors import InputError, WriteError
@@ -93,7 +93,7 @@ def content_of(crop: Crop, classes: Sequence[str], counter: LabelCounter) -> Con
     volume = {name: float(np.prod(label.grid.voxel_size)) for name, label in arrays.items()}
     present, absent = {}, set()
     for name in classes:
-        own = [name] if name in arrays else [atom for atom in atoms_of(name) if atom in arrays]
+        own = arrays_for(name, arrays)
         present[name] = sum(counts[n]["present"] * volume[n] for n in own)
         if any(counts[n]["absent"] for n in own):
             absent.add(name)
@@ -113,7 +113,7 @@ def present_shares(crops: Sequence[Crop], classes: Sequence[str], counter: Label
     present, known = dict.fromkeys(classes, 0.0), dict.fromkeys(classes, 0.0)
     for crop in crops:
         for name in classes:
-            own = [name] if name in crop.labels else [atom for atom in atoms_of(name) if atom in crop.labels]
+            own = arrays_for(name, crop.labels)
             counts = [(counter(crop, crop.labels[n]), float(np.prod(crop.labels[n].grid.voxel_size))) for n in own]
             present[name] += sum(c["present"] * volume for c, volume in counts)
             known[name] += max(((c["present"] + c["absent"]) * volume for c, volume in counts), default=0.0)

@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from connectomics.cellmap.catalog import Catalog, Crop
+from connectomics.cellmap.catalog import Crop
 from connectomics.config import EPOCH_PATCHES, RunConfig
 from connectomics.config.few_labels import is_pretraining
 from connectomics.data.cache import cache_folder, prepare
@@ -24,7 +24,7 @@ from connectomics.data.loader import PatchLoader
 from connectomics.data.normalization import Chosen, of_crops
 from connectomics.data.patches import collate
 from connectomics.data.raw_parts import FixedPatches, raw_parts
-from connectomics.data.run_split import check_known, run_split
+from connectomics.data.run_split import check_known, run_crops, run_split
 from connectomics.data.sampling import PatchSampler, check_sampling
 from connectomics.data.seen_data import changes, seen_data
 from connectomics.data.splits import Split
@@ -153,9 +153,7 @@ class CellMapDataModule(pl.LightningDataModule):
         """Return the training and the validation crops, and keep their split."""
         cfg = self.config
         store = StoreOptions(cache_bytes=cfg.data.chunk_cache_mb << 20)
-        crops = Catalog.open(cfg.dataset.data_root, store).crops(
-            cfg.dataset.datasets, cfg.dataset.crops, cfg.dataset.classes
-        )
+        crops = run_crops(cfg, options=store)
         file = self.run_dir / "split.yaml" if self.run_dir else None
         if cfg.dataset.split_file:
             file = Path(cfg.dataset.split_file)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.cellmap.catalog import Crop
-from connectomics.cellmap.classes import atoms_of
+from connectomics.cellmap.classes import arrays_for
 from connectomics.geometry import Triple, VoxelGrid, triple
 
 _POINTS = 2048  # positions kept for each crop and class: enough that patches differ, small whatever the crop
@@ -59,9 +59,8 @@ def foreground_points(crop: Crop, class_name: str, seed: int) -> NDArray[np.floa
     Reads the coarsest level of the class's array (of its atoms' arrays if it has none), or the finest level if the
     class is lost in the coarsest. Empty if the class is not present.
     """
-    names = [class_name] if class_name in crop.labels else [a for a in atoms_of(class_name) if a in crop.labels]
     kept = Reservoir(_POINTS, np.random.default_rng([seed, *class_name.encode()]))
-    for name in names:
+    for name in arrays_for(class_name, crop.labels):
         _offer_points(crop, name, kept)
     return kept.items
 

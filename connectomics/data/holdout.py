@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.cellmap.catalog import Crop
-from connectomics.cellmap.classes import atoms_of
+from connectomics.cellmap.classes import arrays_for
 from connectomics.errors import InputError
 from connectomics.geometry import Box, Triple
 
@@ -169,8 +169,7 @@ def slabs(
         InputError: too little is annotated for so many slabs.
     """
     axis, width, profiles = _along_the_longest_axis(crops, classes, gap)
-    faces = np.unique(np.concatenate([p.begin + p.thickness for _, p in profiles])) if profiles else np.zeros(0)
-    below = sum((_volume_below(p, p.known, faces) for _, p in profiles), np.zeros(len(faces)))
+    faces, below = _faces(profiles)
     whole = reduce(Box.hull, [crop.box for crop in crops])
     wanted = below[-1] * np.arange(1, number) / number if len(faces) else np.zeros(0)
     cuts = [float(faces[int(np.argmin(np.abs(below - volume)))]) for volume in wanted]
@@ -206,8 +205,7 @@ def _profiles(crop: Crop, classes: Sequence[str]) -> list[tuple[str, tuple[_Prof
     """The profiles along z, y and x of each class that has an array, or whose atoms have one, in this crop."""
     found = []
     for class_name in classes:
-        names = [class_name] if class_name in crop.labels else [a for a in atoms_of(class_name) if a in crop.labels]
-        for name in names:
+        for name in arrays_for(class_name, crop.labels):
             label = crop.labels[name]
             levels = label.source.levels
             number = max((n for n, level in enumerate(levels) if n == 0 or level.grid.size >= _ENOUGH), default=0)
@@ -241,13 +239,18 @@ def _extent(profiles: Sequence[_Profile]) -> tuple[float, float]:
     return (float(min(low)), float(max(high))) if low else (0.0, 0.0)
 
 
+def _faces(profiles: Sequence[tuple[str, _Profile]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The upper faces of all sections, ascending, and how much is annotated below each."""
+    faces = np.unique(np.concatenate([p.begin + p.thickness for _, p in profiles])) if profiles else np.zeros(0)
+    return faces, sum((_volume_below(p, p.known, faces) for _, p in profiles), np.zeros(len(faces)))
+
+
 def _best_faces(
     profiles: Sequence[tuple[str, _Profile]], width: float, share: float, is_first: bool
 ) -> tuple[float, float] | None:
     """The faces of a gap of ``width`` nm for which the first (or last) side has nearest to ``share`` of what is
     annotated on both; None if no gap leaves something on both sides."""
-    faces = np.unique(np.concatenate([p.begin + p.thickness for _, p in profiles])) if profiles else np.zeros(0)
-    below = sum((_volume_below(p, p.known, faces) for _, p in profiles), np.zeros(len(faces)))
+    faces, below = _faces(profiles)
     above = sum((p.known.sum() - _volume_below(p, p.known, faces + width) for _, p in profiles), np.zeros(len(faces)))
     both = np.flatnonzero((below > 1e-9) & (above > 1e-9))
     if not len(both):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from connectomics.cellmap.catalog import Crop, LabelArray, informs
+from connectomics.cellmap.catalog import Catalog, Crop, LabelArray, informs
 from connectomics.cellmap.classes import atoms_of
 from connectomics.cellmap.labels import arrays_needed
 from connectomics.config import RunConfig
@@ -27,11 +27,25 @@ from connectomics.data.splits import (
 from connectomics.data.volumes import CropVolume
 from connectomics.errors import ConfigError, InputError, first_of, number_of
 from connectomics.geometry import Triple, triple
+from connectomics.io.location import DEFAULT_OPTIONS
+from connectomics.io.store import StoreOptions
 
 log = logging.getLogger(__name__)
 
 _COARSEST = 2.0  # voxel size of labels in voxels of the run
 _BLOCK = (64, 64, 64)
+
+
+def run_crops(
+    config: RunConfig, classes: Sequence[str] | None = None, options: StoreOptions = DEFAULT_OPTIONS
+) -> list[Crop]:
+    """Return the crops of the data root that a run may use: those that tell about one of ``classes`` (None: its own).
+
+    Raises:
+        MissingError, UnknownNameError: there are none, or a name is unknown.
+    """
+    data = config.dataset
+    return Catalog.open(data.data_root, options).crops(data.datasets, data.crops, classes or data.classes)
 
 
 def run_split(

@@ -8,9 +8,10 @@ cut in two (`connectomics.data.holdout`), so an entry of a split is a crop or a 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
@@ -66,6 +67,10 @@ class Split:
         for entry in (*split.train, *split.val):
             parse_entry(entry, f"the split file {path}")
         return split
+
+    def within(self, keys: Collection[str]) -> Self:
+        """Return the split without entries of crops other than ``keys`` (``dataset/crop``)."""
+        return type(self)(*(tuple(e for e in side if parse_entry(e)[0] in keys) for side in (self.train, self.val)))
 
     def select(self, crops: Sequence[Crop], where: str = "the split") -> tuple[list[Crop], list[Crop]]:
         """Return the crops of each list, cut to their regions.
@@ -168,15 +173,13 @@ def check_leaks(train: Sequence[Crop], val: Sequence[Crop], where: str, margin: 
     ]
 
 
-def kept_out(crops: Sequence[Crop], files: Sequence[Path]) -> list[Crop]:
-    """Return the crops, or parts of them, that are validation crops in all of these split files, without those that
-    overlap a training crop of any of them (logs a warning). Entries of other crops are ignored."""
+def kept_out(crops: Sequence[Crop], splits: Mapping[str, Split]) -> list[Crop]:
+    """Return the crops, or parts of them, that are validation crops in all of these splits, by what each is of, without
+    those that overlap a training crop of any of them (logs a warning). Entries of other crops are ignored."""
     keys = {crop.key for crop in crops}
     kept, trained = list(crops), []
-    for file in files:
-        split = Split.load(file)
-        there = (tuple(e for e in side if parse_entry(e)[0] in keys) for side in (split.train, split.val))
-        train, val = Split(*there).select(crops, str(file))
+    for where, split in splits.items():
+        train, val = split.within(keys).select(crops, where)
         trained += train
         kept = [part for crop in kept for held in val if (part := _common_part(crop, held)) is not None]
     seen = {entry_of(held) for _, held in leaks(trained, kept)}

@@ -22,7 +22,7 @@ from connectomics.data.arrays import CropArrays
 from connectomics.data.cache.entry import CachedCrop, Prints, source_prints
 from connectomics.data.cache.folder import CropCache
 from connectomics.errors import InputError
-from connectomics.geometry import Index, Triple, VoxelGrid
+from connectomics.geometry import Index, Triple, VoxelGrid, shape_between
 from connectomics.io.mirror import Extent, hull, read_mirrored
 from connectomics.io.normalization import Normalization
 
@@ -84,7 +84,7 @@ class CropVolume:
         begin = [-k for k in self.context]
         end = [n + k for n, k in zip(self.grid.shape, self.context, strict=True)]
         low, high = self._where_raw_is(begin, end)
-        return self.grid.crop(low, [h - b for b, h in zip(low, high, strict=True)])
+        return self.grid.crop(low, shape_between(low, high))
 
     @cached_property
     def raw_extent(self) -> Extent:
@@ -168,7 +168,7 @@ class CropVolume:
         kept = None if self._cached is None else replace(self._cached.arrays(), fill=fill)
         if kept is not None and _covers(kept.raw_begin, kept.raw.shape, low, high):
             return kept
-        raw, inside = self.decode_raw(self.grid.crop(low, [h - b for b, h in zip(low, high, strict=True)]))
+        raw, inside = self.decode_raw(self.grid.crop(low, shape_between(low, high)))
         begin = (low[0], low[1], low[2])
         whole = None if inside.all() else inside
         if kept is not None:

@@ -113,7 +113,7 @@ class EditTask(LabelsTask):
         return _SurveyWorker(self) if stage == "survey" else _WriteWorker(self)
 
     def conclude(self) -> int:
-        ids, found = _added([self.tables.load(number) for number in range(len(self.lattice))])
+        ids, found = _added(self.tables, len(self.lattice))
         if self.parameters.kind == "semantic":
             return min(len(ids), 1)
         write_table(self.folder / TABLE_FILE, found, self.grid, ids)
@@ -127,7 +127,7 @@ class EditTask(LabelsTask):
             return {"edited": before} if before else {}
         steps = [(step, as_dict(step)) for step in self.steps]
         if self.parameters.kind != "semantic":
-            ids, found = _added([self.tables.load(number) for number in range(len(self.lattice))])
+            ids, found = _added(self.tables, len(self.lattice))
             sizes = dict(zip(ids.tolist(), found.sizes.tolist(), strict=True))
             for step, said in steps:
                 if step.new and (step.edit.to or step.edit.class_name) == self.class_name:
@@ -276,8 +276,9 @@ def _boxes(begin: Index, end: Index, block: Sequence[int]) -> Iterator[tuple[Ind
         yield (z + begin[0], y + begin[1], x + begin[2]), shape
 
 
-def _added(blocks: Sequence[Mapping[str, NDArray[Any]]]) -> tuple[NDArray[np.uint64], Pieces]:
+def _added(tables: BlockFiles, count: int) -> tuple[NDArray[np.uint64], Pieces]:
     """Return the IDs (n,), ascending, and the instances of all blocks."""
+    blocks = [tables.load(number) for number in range(count)]
     parts = {name: np.concatenate([block[name] for block in blocks]) for name in ("ids", *Pieces.empty(0).columns)}
     ids, row = np.unique(parts["ids"], return_inverse=True)
     found = Pieces.empty(len(ids))

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.errors import CorruptDataError, InputError
-from connectomics.geometry import VoxelGrid
+from connectomics.geometry import VoxelGrid, shape_between
 from connectomics.io import resample
 from connectomics.io.location import StoreOptions
 from connectomics.io.multiscale import Multiscale
@@ -138,7 +138,7 @@ class OnGrid:
             spans.append((int(there[0]), int(there[-1]) + 1))
         z, y, x = (t.part(b + s, b + e) for t, b, (s, e) in zip(self._tables, begin, spans, strict=True))
         low, high = zip(*(t.span for t in (z, y, x)), strict=True)
-        block = read_block(self._source, low, [h - b for b, h in zip(low, high, strict=True)], self._level)
+        block = read_block(self._source, low, shape_between(low, high), self._level)
         values = resample.apply(block, (z.shifted(low[0]), y.shifted(low[1]), x.shifted(low[2])))
         at = tuple(slice(s, e) for s, e in spans)
         out[at] = np.rint(values) if self.dtype.kind == "u" else values

@@ -54,6 +54,11 @@ def slices_of(begin: Iterable[SupportsInt], shape: Iterable[SupportsInt]) -> tup
     return tuple(slice(int(b), int(b) + int(n)) for b, n in zip(begin, shape, strict=True))
 
 
+def shape_between(begin: Iterable[int], end: Iterable[int]) -> list[int]:
+    """Return the voxels along each axis from voxel ``begin`` to voxel ``end``, which is not included."""
+    return [e - b for b, e in zip(begin, end, strict=True)]
+
+
 @dataclass(frozen=True)
 class Box:
     """An axis-aligned box in the world, nm, z y x, from the face ``begin`` to the face ``end``.

@@ -52,7 +52,7 @@ def planned_reads(
     runs = windows_to_run(lattice, inside)
     row, next_column, read = None, 0, 0
     for begin, shape in regions:
-        z, y, x = (lattice.touching(a, begin[a], begin[a] + shape[a]) for a in range(3))
+        z, y, x = lattice.touched(begin, shape)
         if row is None or row[:2] != (begin[:2], shape[:2]) or begin[2] < row[2]:
             next_column, read = 0, lattice.starts[2][x.start]
         row = (begin[:2], shape[:2], begin[2])
@@ -206,7 +206,7 @@ class Row:
         self._runs = windows_to_run(lattice, forward.inside)
         begin, shape = region
         self._begin, self._shape = begin[:2], shape[:2]
-        z, y = (lattice.touching(a, begin[a], begin[a] + shape[a]) for a in range(2))
+        z, y, _ = lattice.touched(begin, shape)
         self._numbers = z, y  # of the windows
         self._hull = (z0, z1), (y0, y1) = hull(lattice, z, y)
         self._x = begin[2]  # first voxel of the latest region

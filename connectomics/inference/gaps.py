@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.errors import InputError, MetadataError
+from connectomics.geometry import shape_between
 from connectomics.inference.layout import Layout
 from connectomics.inference.raw import Mask
 from connectomics.io import store
@@ -74,7 +75,7 @@ class Presence:
         level = self.source.levels[self._level]
         begin = [a * c for a, c in zip(low, level.chunks, strict=True)]
         end = [min(b * c, n) for b, c, n in zip(high, level.chunks, level.grid.shape, strict=True)]
-        return self.source.stored_chunks(level.grid.crop(begin, [e - b for b, e in zip(begin, end, strict=True)]))
+        return self.source.stored_chunks(level.grid.crop(begin, shape_between(begin, end)))
 
     def missing(self) -> NDArray[np.int64]:
         """Return (blocks,): how many target voxels of each block have no raw. Raises `StoreError`."""
@@ -90,7 +91,7 @@ class Presence:
             high.append(last)
         missing = np.einsum("a,b,c->abc", *counts)
         depth = max(1, _CHUNKS_PER_QUERY // max(1, (high[1] - low[1]) * (high[2] - low[2])))
-        if min(h - b for b, h in zip(low, high, strict=True)) > 0:
+        if min(shape_between(low, high)) > 0:
             for z in range(low[0], high[0], depth):
                 end = min(z + depth, high[0])
                 stored = self._stored((z, *low[1:]), (end, *high[1:])).astype(np.int64)

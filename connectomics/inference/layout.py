@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from connectomics.errors import InputError
-from connectomics.geometry import Index, Triple, VoxelGrid, index
+from connectomics.geometry import Index, Triple, VoxelGrid, index, shape_between
 from connectomics.inference.blending import Region
 from connectomics.inference.sliding import Plan, plan_regions
 from connectomics.inference.windows import BLOCK, Cores, WindowLattice, Windows
@@ -198,7 +198,7 @@ class Layout:
         begin, end = self.model.index_range(part.box)
         low = [max(0, b - m) for b, m in zip(begin, self._margin, strict=True)]
         high = [min(n, e + m) for n, e, m in zip(self.model.shape, end, self._margin, strict=True)]
-        shape = [h - b for b, h in zip(low, high, strict=True)]
+        shape = shape_between(low, high)
         return (low[0], low[1], low[2]), (shape[0], shape[1], shape[2])
 
     def value_type(self, dtype: str, uncertainty: str) -> np.dtype[Any]:

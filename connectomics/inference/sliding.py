@@ -111,7 +111,7 @@ def plan_regions(
     """Return what `predict_regions` over ``regions`` will cost, with so many bytes for each value (all its results)."""
     windows, most, row, ran = 0, 0, None, 0
     for begin, shape in regions:
-        z, y, x = (lattice.touching(a, begin[a], begin[a] + shape[a]) for a in range(3))
+        z, y, x = lattice.touched(begin, shape)
         key = (begin[:2], shape[:2])
         ran = ran if key == row and lattice.faces is None else 0
         row = key
@@ -132,7 +132,7 @@ def _block_regions(lattice: WindowLattice, block_size: Sequence[int] | int) -> l
 def _working_bytes(lattice: WindowLattice, region: Region, channels: int, batch_size: int, value_bytes: int) -> int:
     """Sums, results, raw (with a slab while it is read, and what is read ahead) and a batch."""
     begin, shape = region
-    z, y = (lattice.touching(a, begin[a], begin[a] + shape[a]) for a in range(2))
+    z, y, _ = lattice.touched(begin, shape)
     sums = 0
     if lattice.faces is None:
         sums = (channels + 1) * shape[0] * shape[1] * slabs_of(lattice, region) * SLAB_WIDTH

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from connectomics.config import RunConfig
 from connectomics.errors import InputError
-from connectomics.geometry import Box, Index, Triple, VoxelGrid, index
+from connectomics.geometry import Box, Index, Triple, VoxelGrid, index, shape_between
 from connectomics.inference.symmetry import Symmetry
 from connectomics.io.mirror import Extent
 from connectomics.models.registry import fixed_patch_size, required_multiple, takes_any_window
@@ -263,13 +263,17 @@ class WindowLattice:
         starts = self.starts[axis]
         return range(bisect_right(starts, begin - self.window[axis]), bisect_left(starts, end))
 
+    def touched(self, begin: Index, shape: Index) -> list[range]:
+        """Return the numbers of the windows that count in any voxel of a region, along each axis."""
+        return [self.touching(axis, b, b + n) for axis, (b, n) in enumerate(zip(begin, shape, strict=True))]
+
     def counted(self, numbers: Index) -> VoxelGrid:
         """Return the grid in which the window with these numbers counts: its core, or all of it."""
         if self.faces is None:
             return self.grid.crop(self.begin_of(numbers), self.window)
         begin = [faces[number] for faces, number in zip(self.faces, numbers, strict=True)]
         end = [faces[number + 1] for faces, number in zip(self.faces, numbers, strict=True)]
-        return self.grid.crop(begin, [e - b for b, e in zip(begin, end, strict=True)])
+        return self.grid.crop(begin, shape_between(begin, end))
 
 
 def _step(window: int, overlap: float, crop: bool) -> int:

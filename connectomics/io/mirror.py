@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.geometry import Index, VoxelGrid, index
+from connectomics.geometry import Index, VoxelGrid, index, shape_between
 from connectomics.io import resample
 
 
@@ -41,7 +41,7 @@ class Extent:
 
     @property
     def shape(self) -> Index:
-        return index(h - b for b, h in zip(self.low, self.high, strict=True))
+        return index(shape_between(self.low, self.high))
 
     @property
     def is_empty(self) -> bool:
@@ -121,5 +121,5 @@ def read_mirrored(
         return read(grid)  # nothing that could be mirrored
     index = extent.mirrored((0, 0, 0), grid.shape)
     begin, end = hull(index)
-    values, there = read(grid.crop(begin, [e - b for b, e in zip(begin, end, strict=True)]))
+    values, there = read(grid.crop(begin, shape_between(begin, end)))
     return take(values, begin, index), take(there, begin, index)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from connectomics.errors import CorruptDataError, InputError, MetadataError, MissingError
-from connectomics.geometry import Triple, VoxelGrid, triple
+from connectomics.geometry import Triple, VoxelGrid, shape_between, triple
 from connectomics.io import resample
 from connectomics.io.array import StoredArray
 from connectomics.io.metadata import grid_of_attrs, leading_axes, names_levels, parse_multiscales
@@ -254,7 +254,7 @@ class Multiscale:
         """Target values of one window, and the mask of those whose chunks are all stored (None: all of them)."""
         spans = [t.span for t in tables]
         begin, end = [s[0] for s in spans], [s[1] for s in spans]
-        block, inside = self.read_level(index, begin, [e - b for b, e in zip(begin, end, strict=True)])
+        block, inside = self.read_level(index, begin, shape_between(begin, end))
         self._check_finite(index, block, begin)
         z, y, x = (t.shifted(b) for t, b in zip(tables, begin, strict=True))
         present = None if inside.all() else self._all_stored(index, inside, begin, (z, y, x))

@@ -106,7 +106,7 @@ def write_file(path: Path, data: bytes | bytearray | memoryview) -> None:
         path.put(data)
         return
     local_path(path)  # refuses URLs
-    part = path.parent / f".{path.name}.part-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    part = part_of(path)
     try:
         with as_write_error(f"cannot write {path}", "free space or choose a folder you may write to"):
             try:
@@ -149,7 +149,7 @@ def publish(finished: Path, location: Path) -> None:
     if isinstance(finished, S3Path) and isinstance(location, S3Path):
         move_tree(finished, location)
         return
-    old = _aside(location)
+    old = part_of(location, "old")
     with as_write_error(f"cannot move {finished} to {location}"):
         if location.exists():
             location.rename(old)
@@ -169,7 +169,7 @@ def put_aside(location: Path) -> None:
         remove_tree(location)
         return
     with as_write_error(f"cannot replace {location}"):
-        location.rename(_aside(location))
+        location.rename(part_of(location, "old"))
     _remove_aside(location)
 
 
@@ -184,6 +184,19 @@ def unfinished_folder(place: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def link_or_copy(source: str, target: str) -> None:
+    """Make ``target`` a hard link to a file, or a copy on another disk or a file system without links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def part_of(path: Path, what: str = "part") -> Path:
+    """Return a new hidden name beside ``path``, for a file or folder that this process moves there, or away."""
+    return path.with_name(f".{path.name}.{what}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
 
 
 def unfinished(parent: Path, prefix: str) -> Path:
@@ -208,10 +221,6 @@ def remove_abandoned(parent: Path, prefix: str) -> None:
 
 def _host() -> str:
     return platform.node() or "localhost"
-
-
-def _aside(location: Path) -> Path:
-    return location.with_name(f".{location.name}.old-{os.getpid()}-{uuid.uuid4().hex[:8]}")
 
 
 def _remove_aside(location: Path) -> None:

@@ -8,8 +8,6 @@ are described in `connectomics.io.sharded`.
 
 from __future__ import annotations
 
-import os
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +24,7 @@ from connectomics.io.levels import halve_labels, halve_raw, level_grids
 from connectomics.io.location import Location
 from connectomics.io.metadata import multiscales_attrs as multiscales_attrs  # re-exported
 from connectomics.io.place import remove_tree
-from connectomics.io.replacing import publish, put_aside, require_replaceable, write_json
+from connectomics.io.replacing import part_of, publish, put_aside, require_replaceable, write_json
 from connectomics.io.replacing import write_file as write_file  # re-exported
 from connectomics.io.sharded import Codec, array_metadata
 from connectomics.io.store import is_array, read_json
@@ -163,7 +161,7 @@ def write_multiscale(
     require_replaceable(path, overwrite)
     if any(parent.suffix == ".zarr" for parent in path.parents):
         ensure_group(path.parent)
-    part = path.parent / f".{path.name}.part-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    part = part_of(path)
     try:
         writers = create_multiscale(part, grids, values.dtype, chunks=chunks, attrs=attrs, name=name or path.name)
         for k, writer in enumerate(writers):

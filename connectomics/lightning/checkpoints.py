@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CHECKPOINT_KEY = "connectomics"  # key of this package's entries in a Lightning checkpoint
+_KEPT = ("dataset.voxel_size", "training.ema", "optimizer.decay_norm_and_bias", "optimizer.layer_decay",
+         "model.freeze", "model.adapters")  # fmt: skip
 CHECKPOINT_FORMAT = 2  # 1: without normalization and without centering
 
 
@@ -133,6 +135,15 @@ def check_inputs(path: str | Path, trained: RunConfig, config: RunConfig) -> Non
         )
 
 
+def name_voxel_sizes(path: str | Path, trained: RunConfig, config: RunConfig) -> None:
+    """Warn if a checkpoint was trained at other voxel sizes, also of further inputs, than the configuration's."""
+    both = ([of.dataset.voxel_size, *(item.voxel_size for item in of.data.inputs)] for of in (trained, config))
+    found, asked = ([list(size) for size in sizes] for sizes in both)
+    if found != asked:
+        message = "checkpoint %s was trained at %s nm, the configuration has %s nm: expect worse results"
+        log.warning(message, path, *(" and ".join(map(str, sizes)) for sizes in (found, asked)))
+
+
 def load_network(path: str | Path, config: RunConfig | None = None) -> TrainedNetwork:
     """Return the network of a checkpoint or a package, on the CPU, in evaluation mode.
 
@@ -176,9 +187,7 @@ def _configured(path: str | Path, config: RunConfig | None) -> tuple[RunConfig, 
         check_classes(path, trained.dataset.classes, config.dataset.classes)
         check_heads(path, trained, config)
         check_inputs(path, trained, config)
-        if list(trained.dataset.voxel_size) != list(config.dataset.voxel_size):
-            message = "checkpoint %s was trained at %s nm, the configuration has %s nm: expect worse results"
-            log.warning(message, path, trained.dataset.voxel_size, config.dataset.voxel_size)
+        name_voxel_sizes(path, trained, config)
         # the heads are the same; the given configuration decides whether they are written
         model = replace(trained.model, heads=config.model.heads)
         plugins = list(dict.fromkeys([*config.plugins, *trained.plugins]))
@@ -204,14 +213,10 @@ def check_resumable(path: str | Path, module: ConnectomicsModule) -> None:
     trained = checkpoint_config(content, path)
     check_classes(path, trained.dataset.classes, module.classes)
     check_heads(path, trained, module.config)
-    for key, before, now in (
-        ("dataset.voxel_size", *(list(c.dataset.voxel_size) for c in (trained, module.config))),
-        ("training.ema", trained.training.ema, module.config.training.ema),
-        ("optimizer.decay_norm_and_bias", *(c.optimizer.decay_norm_and_bias for c in (trained, module.config))),
-        ("optimizer.layer_decay", *(c.optimizer.layer_decay for c in (trained, module.config))),
-        ("model.freeze", trained.model.freeze, module.config.model.freeze),
-        ("model.adapters", *(plain(c.model.adapters) for c in (trained, module.config))),
-    ):
+    both = [plain(trained), plain(module.config)]
+    for key in _KEPT:
+        group, name = key.split(".")
+        before, now = (values[group][name] for values in both)
         if bool(before) != bool(now) if key == "training.ema" else before != now:
             raise InputError(
                 f"the run of checkpoint {path} has {key}={before}, the configuration {key}={now}; use the run's value, "

@@ -15,7 +15,7 @@ from connectomics.config.heads import heads_of
 from connectomics.data.patches import centered, input_names
 from connectomics.errors import InputError
 from connectomics.lightning.adapters import merged
-from connectomics.lightning.checkpoints import checkpoint_config, describe, read_checkpoint
+from connectomics.lightning.checkpoints import checkpoint_config, describe, name_voxel_sizes, read_checkpoint
 from connectomics.lightning.foreign_weights import foreign_weights
 from connectomics.lightning.module import ConnectomicsModule
 from connectomics.lightning.network import output_axes
@@ -49,6 +49,7 @@ def begin_with(path: str | Path, module: ConnectomicsModule) -> int:
         file = weights_file(path)
         content = read_checkpoint(file)
         trained = checkpoint_config(content, file)
+        name_voxel_sizes(file, trained, module.config)
         found, what = output_names(trained), describe(trained)
         weights_of = merged(content["state_dict"], trained.model.adapters)
         stored = {name.removeprefix(_PREFIX): value for name, value in weights_of.items()}
@@ -72,6 +73,7 @@ def begin_with(path: str | Path, module: ConnectomicsModule) -> int:
             f"{copied} of {weights} weights fit; use the same `model` settings"
         )
     module.network.load_state_dict(taken, strict=False)
+    module.begun_outputs = found
     new = sorted(own.keys() - taken.keys())
     adapters = module.config.model.adapters  # they freeze all but the output and what `train` names
     for name, parameter in module.network.named_parameters() if adapters.rank else ():

@@ -3,7 +3,7 @@
 The file is a plain zip::
 
     model.json            format, version, configuration, classes, channels, voxel size (nm), normalization, scores,
-                          license, description, training data, SHA-256 of the other members
+                          license, description, training and validation crops, SHA-256 of the other members
     weights.safetensors   weights and buffers
     test.safetensors      an input and the probabilities that the network gave for it, float32 on the CPU
 
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from connectomics.config import RunConfig, config_from_dict
+from connectomics.data.splits import Split
 from connectomics.errors import ConfigError, CorruptDataError, InputError, MissingError
 
 if TYPE_CHECKING:
@@ -97,6 +98,18 @@ def open_package(path: str | Path) -> Package:
             f"update connectomics"
         )
     return Package(file, about)
+
+
+def split_of(path: str | Path) -> Split | None:
+    """Return what the network of a package or checkpoint was trained and validated on; None if nothing says so.
+
+    A package holds it, a checkpoint lies in a run folder with ``split.yaml``. Raises `ConfigError` if it is invalid.
+    """
+    if is_package(path):
+        about = open_package(path).about
+        return Split(*(tuple(about.get(name, ())) for name in ("trained_on", "validated_on")))
+    file = Path(path).resolve().parent.parent / "split.yaml"
+    return Split.load(file) if file.is_file() else None
 
 
 def check_test(package: Package, module: TrainedNetwork) -> float:

@@ -91,6 +91,7 @@ class ConnectomicsModule(TrainedNetwork, pl.LightningModule):
         self.head_scores = HeadScores(self.heads)
         self.challenge = ChallengeScore(config) if config.training.val_score else None
         self.planes: list[Plane] = []  # of the latest validation, for the picture panel
+        self.begun_outputs: list[str] = []  # output channels of `model.weights`
         self.only_a_look = False  # validate on one window of each crop, to test whether it runs
         self._logged: set[str] = set()
 

@@ -130,14 +130,14 @@ def _open_labels(
     from connectomics.cellmap.editing import EditableLabels
 
     there: Mapping[str, LabelArray] = {}
-    if name in catalog.crop_names(dataset):
-        there = catalog.crop(dataset, name, raw.location).labels
+    known = catalog.crop_names(dataset)
+    if name in known:
+        crop = catalog.crop(dataset, name, raw.location)
+        there = crop.labels
     elif wanted is None:
-        known = catalog.crop_names(dataset)
         error = unknown_name("crop", name, known, f"data set {dataset} of {catalog.root}")
         raise UnknownNameError(f"{error}; give --box to make a new crop")
     if there:
-        crop = catalog.crop(dataset, name, raw.location)
         grid = there[classes[0]].grid if classes and classes[0] in there else crop.grid
         if wanted is not None and not _same(grid, wanted):
             raise InputError(f"{name} exists with {grid}, not {wanted}; leave out --box, or give another --crop")

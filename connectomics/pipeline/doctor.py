@@ -19,7 +19,7 @@ from typing import Literal
 from connectomics.cellmap.fetch import PUBLIC
 from connectomics.errors import InputError
 from connectomics.io.store import is_s3
-from connectomics.machine import usable_cores
+from connectomics.machine import existing, usable_cores
 
 Level = Literal["ok", "note", "problem"]
 
@@ -206,7 +206,7 @@ def _limits() -> Iterator[Finding]:
 
 
 def _disk(folder: Path) -> Iterator[Finding]:
-    place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    place = existing(folder)
     free = shutil.disk_usage(place).free
     advice = "crops of the challenge take up to 20 GB decoded; set data.cache_gb, or another data.cache_dir"
     yield _checked("disk space", f"{free / _GB:.1f} GB free at {place}", free < _LEAST_FREE, "note", advice)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,21 +12,21 @@ from connectomics.cellmap.crop_table import CropTable
 from connectomics.config import RunConfig
 from connectomics.config.schema import EngineConfig
 from connectomics.config.values import plain
-from connectomics.data.splits import Split
 from connectomics.decoding.average_task import AverageTask
 from connectomics.decoding.parameters import AFFINITY_METHODS, DecodeParameters, decode_parameters, default_parameters
 from connectomics.decoding.prediction import find_arrays, networks_of, open_prediction
-from connectomics.errors import InputError, MissingError, WriteError, number_of, unknown_name
+from connectomics.errors import InputError, MissingError, WriteError, as_write_error, number_of, unknown_name
 from connectomics.geometry import VoxelGrid
 from connectomics.io.artifacts import about, publish
 from connectomics.io.location import local_path
 from connectomics.io.place import remove_tree
-from connectomics.io.replacing import contains, has_keys, not_ours, require_own, unfinished, write_file, write_json
-from connectomics.io.write import ensure_group
+from connectomics.io.replacing import contains, has_keys, link_or_copy, not_ours, require_own, unfinished_folder
+from connectomics.io.write import ensure_group, write_file, write_json
 from connectomics.pipeline.decode import decode_jobs, do_jobs
 from connectomics.pipeline.results import Labels, Probabilities
-from connectomics.pipeline.runs import Run, best_values, open_run
-from connectomics.pipeline.tune_results import ClassScore, tuned_scores
+from connectomics.pipeline.runs import Run, open_run
+from connectomics.pipeline.targets import predicted_classes
+from connectomics.pipeline.tune_results import ClassScore, run_scores, tuned_scores
 from connectomics.progress import Progress, named, silent
 from connectomics.submission import ExportResult, export_submission
 from connectomics.tasks import open_engine, run_task
@@ -43,10 +42,19 @@ class Candidate:
     Attributes:
         folder: ``{folder}/{dataset}.zarr/{crop}/{class}``.
         scores: by class.
+        network: run folder, checkpoint or package to predict into the folder first; None: it is predicted.
+        predicts: classes of the network.
     """
 
     folder: Path
     scores: Mapping[str, ClassScore] = field(default_factory=dict, hash=False)
+    network: Path | None = None
+    predicts: frozenset[str] = frozenset()
+
+    @property
+    def classes(self) -> Collection[str]:
+        """Classes of the prediction, done or not."""
+        return self.predicts or {name for _, _, name in find_arrays(self.folder)}
 
 
 @dataclass(frozen=True)
@@ -73,30 +81,21 @@ class Choice:
         return self.ranked[: self.average]
 
 
-def run_scores(run: Run) -> dict[str, ClassScore]:
-    """Return the validation Dice of each class of a run, at the epoch of its best checkpoint."""
-    values, split = best_values(run), run.folder / "split.yaml"
-    crops = Split.load(split).val if split.is_file() else ()
-    return {
-        name: ClassScore("dice", values[key], crops) for name in run.classes if (key := f"val/{name}/dice") in values
-    }
-
-
 def choose(
     candidates: Sequence[Candidate],
     *,
     average: int = 1,
     classes: Collection[str] | None = None,
     parameters: Mapping[str, DecodeParameters] | None = None,
-    untuned: Mapping[str, DecodeParameters] | None = None,
+    fixed: Collection[str] = (),
 ) -> dict[str, Choice]:
     """Return what to use for each class.
 
     Args:
         average: number of predictions to average, the best by score.
         classes: only these.
-        parameters: to decode with, by class; else those of the best prediction, else ``untuned``, else the defaults of
-            the class.
+        parameters: to decode with, by class, if the best prediction has no tuned ones; else the defaults of the class.
+        fixed: classes for which ``parameters`` also replace tuned ones.
 
     Raises:
         InputError: several predictions have a class and one of them has no score, or scores of different measures.
@@ -105,7 +104,7 @@ def choose(
     """
     if average < 1:
         raise InputError(f"--average must be at least 1, got {average}")
-    there = {candidate: {name for _, _, name in find_arrays(candidate.folder)} for candidate in candidates}
+    there = {candidate: candidate.classes for candidate in candidates}
     for candidate, names in there.items():
         if not names:
             raise MissingError(f"no predictions in {candidate.folder}; run predict first")
@@ -117,8 +116,8 @@ def choose(
     for name in known if classes is None else sorted(classes):
         ranked = _ranked(name, [candidate for candidate in candidates if name in there[candidate]])
         best = ranked[0].scores.get(name)
-        own = (parameters or {}).get(name) or (best.parameters if best else None) or (untuned or {}).get(name)
-        own = own or default_parameters(name)
+        tuned = best.parameters if best and name not in fixed else None
+        own = tuned or (parameters or {}).get(name) or default_parameters(name)
         number = min(average, len(ranked))
         if number > 1 and (own.method in AFFINITY_METHODS or own.height):
             log.warning("%s is decoded with heads of its network, which are not averaged; using the best one", name)
@@ -219,12 +218,18 @@ def merge(
     work = target.with_suffix(".merge") if packs else target
     folder = work / "probabilities" if packs else target
     with leading(work):
-        candidates = _candidates(sources, tuned, work / "predicted", table, overwrite, progress)
+        candidates = _candidates(sources, tuned, work / "predicted", table)
         own = settings.decoding
-        names = {name for c in candidates for _, _, name in find_arrays(c.folder)} if own.classes or own.default else ()
-        decoding = decode_parameters(names, own.default, own.classes)
-        given = {name: parameters for name, parameters in decoding.items() if name in own.classes}
-        choices = choose(candidates, average=average, classes=classes, parameters=given, untuned=decoding)
+        decoding = decode_parameters({name for c in candidates for name in c.classes}, own.default, own.classes)
+        choices = choose(candidates, average=average, classes=classes, parameters=decoding, fixed=own.classes)
+        for one in candidates:
+            if one.network is not None:
+                from connectomics.pipeline.predict import predict
+
+                predict(
+                    one.network, out=one.folder, crops=table, overwrite=overwrite, resume=overwrite, progress=progress
+                )
+        _require_order(candidates, tuned)
         if classes is None:
             _remove_others(choices, folder, "probability", overwrite)
             if packs:
@@ -253,27 +258,25 @@ def _candidates(
     tuned: Sequence[str | Path],
     place: Path,
     table: CropTable | None,
-    overwrite: bool,
-    progress: Progress,
 ) -> list[Candidate]:
-    """Return the sources as folders of predictions with scores; networks are predicted below ``place``."""
+    """Return the sources as folders of predictions with scores; networks are to be predicted below ``place``."""
     found: list[Candidate] = []
     for number, source in enumerate(sources):
         path = source.folder if isinstance(source, Run | Probabilities) else Path(source).expanduser()
         if not path.exists():
             raise MissingError(f"{path} does not exist; expected a run folder, or a folder that predict wrote")
+        if any(path.resolve() == (other.network or other.folder).resolve() for other in found):
+            raise InputError(f"{path} is given twice; give each prediction once")
         run = open_run(path) if (path / "config.yaml").is_file() else None
         scores = tuned_scores(Path(tuned[number])) if tuned else {} if run is None else run_scores(run)
-        if run is not None or path.is_file():
-            from connectomics.pipeline.predict import predict
+        if run is None and not path.is_file():
+            found.append(Candidate(path, scores))
+            continue
+        from connectomics.pipeline.network_task import network_and_config
 
-            to = place / f"{number + 1}-{path.stem}"
-            predict(path, out=to, crops=table, overwrite=overwrite, resume=overwrite, progress=progress)
-            path = to
-        if any(path.resolve() == other.folder.resolve() for other in found):
-            raise InputError(f"{path} is given twice; give each prediction once")
-        found.append(Candidate(path, scores))
-    _require_order(found, tuned)
+        names = frozenset(predicted_classes(network_and_config(path, None, ())[0]))
+        asked = names if table is None else names.intersection(row.class_name for row in table)
+        found.append(Candidate(place / f"{number + 1}-{path.stem}", scores, path, asked or names))
     return found
 
 
@@ -367,21 +370,9 @@ def _link(source: Path, target: Path, overwrite: bool) -> None:
             raise WriteError(f"{target} holds another prediction; overwrite it (--overwrite), or choose other output")
     for group in (target.parent.parent, target.parent):
         ensure_group(group)
-    part = unfinished(target.parent, f".{target.name}.part-")
-    try:
-        shutil.copytree(source, part, copy_function=_link_file)
+    with unfinished_folder(target) as part, as_write_error(f"cannot write {target}"):
+        shutil.copytree(source, part, copy_function=link_or_copy)
         publish(part, target)
-    except OSError as error:
-        raise WriteError(f"cannot write {target}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def _link_file(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another disk, or a file system without links
-        shutil.copy2(source, target)
 
 
 def _write_choices(folder: Path, choices: Mapping[str, Choice]) -> None:

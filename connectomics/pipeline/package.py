@@ -15,13 +15,22 @@ import numpy as np
 import connectomics
 from connectomics.config import RunConfig, config_to_dict
 from connectomics.config.heads import channel_names
-from connectomics.data.splits import Split
 from connectomics.errors import InputError, MissingError, WriteError
 from connectomics.io.location import local_path
 from connectomics.io.replacing import not_ours, write_file
 from connectomics.io.store import read_json
 from connectomics.lightning.checkpoints import load_network, read_checkpoint
-from connectomics.lightning.model_package import ABOUT, FORMAT, SUFFIX, TEST, WEIGHTS, Package, answer, is_package
+from connectomics.lightning.model_package import (
+    ABOUT,
+    FORMAT,
+    SUFFIX,
+    TEST,
+    WEIGHTS,
+    Package,
+    answer,
+    is_package,
+    split_of,
+)
 from connectomics.lightning.network import model_options
 from connectomics.lightning.run_state import metric_rows, weights_file
 from connectomics.models.registry import check_patch_size, fixed_patch_size
@@ -83,8 +92,8 @@ def write_package(
     result = answer(module, [torch.from_numpy(image) for image in images])
     test = {f"input-{n}": torch.from_numpy(image) for n, image in enumerate(images)} | {"output": result.contiguous()}
     members = {WEIGHTS: save(weights), TEST: save(test)}
-    config, folder = module.config, checkpoint.resolve().parent.parent
-    split = folder / "split.yaml"
+    config, split = module.config, split_of(checkpoint)
+    table = checkpoint.resolve().parent.parent / "metrics.csv"
     about = {
         "format": FORMAT,
         "version": connectomics.__version__,
@@ -96,8 +105,9 @@ def write_package(
         "window": list(config.window),
         "parameters": sum(p.numel() for p in module.parameters()),
         "scores": dict(known or {}),
-        "validation": _validation(folder / "metrics.csv", int(read_checkpoint(checkpoint).get("global_step", 0))),
-        "trained_on": [str(key) for key in Split.load(split).train] if split.is_file() else [],
+        "validation": _validation(table, int(read_checkpoint(checkpoint).get("global_step", 0))),
+        "trained_on": split.train if split else (),
+        "validated_on": split.val if split else (),
         "license": license_name,
         "description": description,
         "config": config_to_dict(config),

@@ -20,7 +20,7 @@ from connectomics.errors import InputError
 from connectomics.io.replacing import contains, require_own
 from connectomics.io.store import is_s3
 from connectomics.io.write import write_file
-from connectomics.machine import cpu_has_bfloat16, usable_cores
+from connectomics.machine import cpu_has_bfloat16, existing, usable_cores
 from connectomics.pipeline.data_facts import ClassFacts, DataFacts, data_facts
 from connectomics.pipeline.trial_step import try_step
 from connectomics.progress import Progress, silent
@@ -166,8 +166,7 @@ def machine_facts(folder: Path) -> MachineFacts:
     import psutil
     import torch
 
-    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    memory, disk = psutil.virtual_memory().available, shutil.disk_usage(existing).free
+    memory, disk = psutil.virtual_memory().available, shutil.disk_usage(existing(folder)).free
     card = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
     return MachineFacts(
         usable_cores(), memory, card.name if card else None, card.total_memory if card else 0, disk, cpu_has_bfloat16()

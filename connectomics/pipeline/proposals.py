@@ -223,8 +223,13 @@ def ingest_proposals(
     with ExitStack() as stack:
         jobs = list[tuple[Proposal, Drawn]]()
         for row in done:
-            there = _there(catalog, row)
-            jobs += [(row, d) for d in _drawn(folder, row, stack) if overwrite or d.class_name not in there]
+            there, opened = _there(catalog, row), _drawn(folder, row, stack)
+            jobs += [(row, d) for d in opened if overwrite or d.class_name not in there]
+            if overwrite and (others := sorted(set(there) - {d.class_name for d in opened})):
+                log.warning(
+                    "%s has labels of %s in the data root, but not in its row of %s; remove them if they do not count",
+                    row.key, ", ".join(others), TABLE,
+                )  # fmt: skip
             if there and not overwrite:
                 log.info("%s is in the data root already and is kept; --overwrite replaces it", row.key)
         for row, drawn in jobs:

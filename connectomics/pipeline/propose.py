@@ -32,7 +32,7 @@ from connectomics.data.candidates import (
     has_content,
 )
 from connectomics.data.run_split import half_patch
-from connectomics.data.splits import Split, parse_entry, select_entries
+from connectomics.data.splits import Split, select_entries
 from connectomics.decoding.parameters import decode_parameters
 from connectomics.errors import InputError, WriteError, number_of, unknown_name
 from connectomics.geometry import Index, VoxelGrid, index
@@ -43,6 +43,7 @@ from connectomics.io.formats.tiff import write_tiff
 from connectomics.io.location import local_path
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.replacing import not_ours, publish, unfinished_folder
+from connectomics.lightning.model_package import split_of
 from connectomics.pipeline import proposals as files
 from connectomics.pipeline.decode import decode
 from connectomics.pipeline.network_task import load_networks, network_and_config, ready
@@ -198,15 +199,13 @@ class Search:
             raise InputError(f"all data sets of {data.data_root} are held out; there is nothing to choose from")
         return areas
 
-    def _splits(self) -> list[Path]:
-        """The split files of the runs that the checkpoints belong to, as far as there are any."""
-        found = (path.resolve().parent.parent / "split.yaml" for path in self.paths)
-        return [file for file in found if file.is_file()]
+    def _splits(self) -> list[Split]:
+        """The splits of the networks, as far as they are known."""
+        return [split for path in self.paths if (split := split_of(path))]
 
     def _validation(self, crops: Sequence[Crop]) -> list[Crop]:
         keys = {crop.key for crop in crops}
-        entries = [entry for file in self._splits() for entry in Split.load(file).val if parse_entry(entry)[0] in keys]
-        return select_entries(entries, crops)
+        return [held for split in self._splits() for held in select_entries(split.within(keys).val, crops)]
 
     def candidates(self, areas: Sequence[Area], most: int, rng: np.random.Generator) -> list[Placed]:
         """Return the candidates of all areas; raises `InputError` if there are none."""
@@ -340,9 +339,7 @@ class Search:
         if splits := self._splits():
             catalog = Catalog.open(self.config.dataset.data_root)
             keys = {f"{dataset}/{crop}" for dataset in catalog.datasets for crop in catalog.crop_names(dataset)}
-            split = Split.load(splits[0])
-            sides = (tuple(e for e in side if parse_entry(e)[0] in keys) for side in (split.train, split.val))
-            Split(*sides).save(folder / files.SPLIT)
+            splits[0].within(keys).save(folder / files.SPLIT)
 
     def _raw(self, proposal: Proposal) -> NDArray[Any]:
         source = Multiscale.open(Catalog.open(self.config.dataset.data_root).raw_location(proposal.dataset))

@@ -130,17 +130,15 @@ def study(
 
 def _rows(content: StudyFile, base: RunConfig, arms: Sequence[Arm], out: Path, *, save: bool) -> list[Row]:
     """All rows of a study, folds within seeds within arms; saves the split files if asked."""
-    from connectomics.cellmap.catalog import Catalog
     from connectomics.data.contents import LabelCounter
-    from connectomics.data.run_split import half_patch, run_folds, run_split
+    from connectomics.data.run_split import half_patch, run_crops, run_folds, run_split
 
     margins = [half_patch(arm.config) for arm in arms]
     size = base.dataset.voxel_size
     # the largest patch of all arms: they share the split, and the gap between its sides must do for each of them
     patch = [math.ceil(2 * max(m[a] for m in margins) / size[a] - 1e-9) for a in range(3)]
     common = replace(base, data=replace(base.data, patch_size=patch))
-    data = base.dataset
-    crops = Catalog.open(data.data_root).crops(data.datasets, data.crops, data.classes)
+    crops = run_crops(base)
     counter = LabelCounter()
     if content.folds is None:
         files = list(dict.fromkeys(arm.config.dataset.split_file for arm in arms))
@@ -157,7 +155,7 @@ def _rows(content: StudyFile, base: RunConfig, arms: Sequence[Arm], out: Path, *
                 )
     else:
         folds = run_folds(common, crops, counter, content.folds.by, content.folds.number)
-        made = {data.split_file: folds}
+        made = {base.dataset.split_file: folds}
     identities: dict[str | None, str] = {None: ""}
     rows = []
     for arm in arms:
@@ -186,14 +184,14 @@ def _rows(content: StudyFile, base: RunConfig, arms: Sequence[Arm], out: Path, *
 
 def _data_identity(config: RunConfig) -> str:
     """Hash of the labels and the raw around them: metadata, chunk sizes and times. Moved data are the same data."""
-    from connectomics.cellmap.catalog import Catalog
     from connectomics.cellmap.labels import arrays_needed
+    from connectomics.data.run_split import run_crops
     from connectomics.geometry import VoxelGrid
     from connectomics.io.fingerprint import fingerprint
 
     data = config.dataset
     digest = hashlib.sha256()
-    for crop in Catalog.open(data.data_root).crops(data.datasets, data.crops, data.classes):
+    for crop in run_crops(config):
         raw = VoxelGrid.covering(crop.box, data.voxel_size)
         digest.update(f"{crop.key} {fingerprint(crop.raw_source, raw, with_location=False)}".encode())
         for name, label in sorted(arrays_needed(crop, data.classes).items()):

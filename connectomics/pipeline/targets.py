@@ -15,15 +15,19 @@ from connectomics.cellmap.classes import unions_of
 from connectomics.cellmap.crop_table import CropTable
 from connectomics.config.schema import RunConfig
 from connectomics.data.normalization import for_prediction
-from connectomics.data.splits import Split, kept_out, parse_entry
+from connectomics.data.run_split import run_crops
+from connectomics.data.splits import kept_out, parse_entry
 from connectomics.errors import ConfigError, InputError, MissingError, first_of, number_of
 from connectomics.geometry import Box, Triple, VoxelGrid
 from connectomics.io import store
 from connectomics.io.location import absolute
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.normalization import Normalization
+from connectomics.lightning.model_package import split_of
 
 log = logging.getLogger(__name__)
+
+_ADVICE = "do not evaluate or tune on training data; --crops val predicts the others"
 
 
 @dataclass(frozen=True)
@@ -70,8 +74,7 @@ def targets_of(
     if table is not None:
         return table_targets(CropTable.resolve(table), predicted_classes(config))
     classes = predicted_classes(config)
-    crops = Catalog.open(config.dataset.data_root).crops(config.dataset.datasets, config.dataset.crops, classes)
-    return [crop_target(crop, classes) for crop in crops]
+    return [crop_target(crop, classes) for crop in run_crops(config, classes)]
 
 
 def predicted_classes(config: RunConfig) -> list[str]:
@@ -83,26 +86,26 @@ def predicted_classes(config: RunConfig) -> list[str]:
 def kept_out_targets(config: RunConfig, checkpoints: Sequence[str | Path]) -> list[Target]:
     """Return the annotated crops, or parts of crops, that no network of ``checkpoints`` was trained on.
 
-    They are ``val`` of ``split.yaml`` in each run, without those that overlap a training crop of another network
-    (with a warning).
+    They are ``val`` of ``split.yaml`` in each run, which its package holds, too, without those that overlap a training
+    crop of another network (with a warning).
 
     Raises:
-        MissingError: a checkpoint does not lie in a run's folder, ``RUN/checkpoints/x.ckpt``.
+        MissingError: a run had no validation crops, a checkpoint does not lie in its folder,
+            ``RUN/checkpoints/x.ckpt``, or a package was made from such a checkpoint.
         InputError: every crop was used to train one of the networks.
     """
-    data = config.dataset
-    crops = Catalog.open(data.data_root).crops(data.datasets, data.crops, data.classes)
-    files = [Path(path).resolve().parent.parent / "split.yaml" for path in checkpoints]
-    for path, file in zip(checkpoints, files, strict=True):
-        if not file.is_file():
+    splits = {}
+    for path in checkpoints:
+        if not (split := split_of(path)) or not split.val:
             raise MissingError(
-                f"{path}: the split.yaml of its run says which crops it was not trained on, but there is no {file}; "
-                "name the crops yourself: dataset.crops=[...]"
+                f"{path}: no validation crops are known, from split.yaml of its run or from its package; name crops "
+                "that it was not trained on yourself: dataset.crops=[...]"
             )
-    kept = kept_out(crops, files)
+        splits[str(path)] = split
+    kept = kept_out(run_crops(config), splits)
     if not kept:
         raise InputError(
-            f"no crop of {data.data_root} was kept out of the training of "
+            f"no crop of {config.dataset.data_root} was kept out of the training of "
             f"{', '.join(map(str, checkpoints))}; name the crops yourself: dataset.crops=[...]"
         )
     return [crop_target(crop, predicted_classes(config)) for crop in kept]
@@ -154,12 +157,11 @@ def chosen_targets(
 
 
 def with_trained(
-    targets: Sequence[Target] | None, config: RunConfig, checkpoints: Sequence[str | Path]
+    targets: Sequence[Target] | None, config: RunConfig, checkpoints: Sequence[str | Path], advice: str = _ADVICE
 ) -> list[Target]:
     """Return targets (None: those of the configuration) that say whether a network was trained on a part of them, as
-    far as its run says so (``split.yaml``). Warn of these."""
-    files = {Path(path).resolve().parent.parent / "split.yaml" for path in checkpoints}
-    seen = [parse_entry(entry) for file in files if file.is_file() for entry in Split.load(file).train]
+    far as its run (``split.yaml``) or its package says so. Warn of these."""
+    seen = [parse_entry(entry) for path in checkpoints if (split := split_of(path)) for entry in split.train]
     found = []
     for target in targets_of(config) if targets is None else targets:
         # without the outer half of voxels, which may touch a region
@@ -167,17 +169,17 @@ def with_trained(
         regions = [region for key, region in seen if key == target.key]
         trained = any(r is None or any(not r.intersect(box).is_empty for box in boxes) for r in regions)
         found.append(replace(target, seen_in_training=trained))
-    name_trained((target.key, target.seen_in_training) for target in found)
+    name_trained(((target.key, target.seen_in_training) for target in found), advice)
     return found
 
 
-def name_trained(crops: Iterable[tuple[str, bool]]) -> None:
+def name_trained(crops: Iterable[tuple[str, bool]], advice: str = _ADVICE) -> None:
     """Warn of crops (``dataset/crop``, and whether a network was trained on it) for which this holds at least once."""
     known = dict(sorted(crops))
     if seen := [key for key, trained in known.items() if trained]:
         log.warning(
-            "%d of %s %s used for training (%s): do not evaluate or tune on training data; --crops val predicts the "
-            "others", len(seen), number_of(len(known), "crop"), "was" if len(seen) == 1 else "were", first_of(seen, 3),
+            "%d of %s %s used for training (%s): %s", len(seen), number_of(len(known), "crop"),
+            "was" if len(seen) == 1 else "were", first_of(seen, 3), advice,
         )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from connectomics.io.location import local_path
 from connectomics.lightning.run_state import RunState
 from connectomics.machine import is_first_process
 from connectomics.pipeline.runs import Run, open_run
-from connectomics.pipeline.targets import predicted_classes
+from connectomics.pipeline.targets import crop_target, predicted_classes, with_trained
 from connectomics.progress import Progress
 from connectomics.tasks.memory import keep_freed_memory
 
@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 _OF_TRAINING = ("dataset.", "model.", "data.", "optimizer.", "scheduler.", "training.")
 _NOT_OF_TRAINING = ("training.max_", "data.cache", "data.num_workers", "dataset.data_root", "dataset.split_file")
 
+_SEEN = "validation is on what model.weights was trained on; set dataset.split_file to the split.yaml of its run"
 _RUN_DIR_VARIABLE = "CONNECTOMICS_RUN_DIR"
 
 
@@ -234,19 +235,12 @@ def _fit(
 
 def _set_output_bias(config: RunConfig, module: ConnectomicsModule, data: pl.LightningDataModule) -> None:
     """Set the output biases by ``model.init_bias``; channels that ``model.weights`` has keep theirs."""
-    from connectomics.lightning.checkpoints import checkpoint_config, read_checkpoint
-    from connectomics.lightning.fine_tuning import output_names
     from connectomics.lightning.output_bias import begin_at_prevalence
-    from connectomics.lightning.run_state import weights_file
 
-    keep: list[str] = []
-    if config.model.weights is not None and config.model.weights_format == "connectomics":
-        weights = weights_file(config.model.weights)
-        keep = output_names(checkpoint_config(read_checkpoint(weights), weights))
     batches: Iterable[dict[str, Any]] = ()
     if config.model.init_bias == "prevalence":
         batches = _first_batches(data, "model.init_bias=prevalence", "give a number instead")
-    begin_at_prevalence(module, batches, keep)
+    begin_at_prevalence(module, batches, module.begun_outputs)
 
 
 def _first_batches(data: pl.LightningDataModule, key: str, hint: str) -> Iterator[dict[str, Any]]:
@@ -265,6 +259,7 @@ def _cellmap_data(
     """
     from connectomics.data.datamodule import CellMapDataModule
     from connectomics.data.splits import Split
+    from connectomics.lightning.run_state import weights_file
 
     # the split of a run that is replaced is not read
     data = CellMapDataModule(config, None if overwrite and checkpoint is None else folder, progress)
@@ -277,6 +272,10 @@ def _cellmap_data(
             f"the run of {checkpoint} validates on the crops in {before}, and now it would on others, which it may "
             f"have trained on; set dataset.split_file={before}, or start a new run with model.weights"
         )
+    weights = config.model.weights
+    if before is None and weights is not None and config.model.weights_format == "connectomics":
+        held = [crop_target(volume.crop, config.dataset.classes) for volume in data.val_volumes]
+        with_trained(held, config, [weights_file(weights)], _SEEN)
     target = folder / "split.yaml"
     if is_first_process() and not (target.is_file() and Split.load(target) == data.split):
         data.split.save(target)

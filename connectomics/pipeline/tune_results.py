@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from connectomics.config.values import plain, read
+from connectomics.data.splits import Split
 from connectomics.decoding.parameters import DecodeParameters
 from connectomics.errors import MetadataError, MissingError
 from connectomics.io.write import write_file
 from connectomics.metrics.challenge.rules import DEFAULT_RULES, Rules
 from connectomics.metrics.tables import write_json
+from connectomics.pipeline.runs import Run, best_values
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,15 @@ def tuned_scores(folder: Path) -> dict[str, ClassScore]:
         }
     except (ValueError, KeyError, TypeError) as error:
         raise MetadataError(f"{file} is not what pytc tune writes ({type(error).__name__}: {error})") from error
+
+
+def run_scores(run: Run) -> dict[str, ClassScore]:
+    """Return the validation Dice of each class of a run, at the epoch of its best checkpoint."""
+    values, split = best_values(run), run.folder / "split.yaml"
+    crops = Split.load(split).val if split.is_file() else ()
+    return {
+        name: ClassScore("dice", values[key], crops) for name in run.classes if (key := f"val/{name}/dice") in values
+    }
 
 
 def write_results(

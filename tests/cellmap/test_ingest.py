@@ -29,6 +29,7 @@ from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import create_array, write_multiscale
 
 SIZE = (8.0, 4.0, 5.5)  # nm, z y x
+SIZES = ("PhysicalSizeZ", "PhysicalSizeY", "PhysicalSizeX")  # µm, in OME-TIFF
 SHAPE = (20, 33, 47)
 
 
@@ -213,13 +214,62 @@ def test_an_array_of_an_ome_zarr_group_lies_where_the_group_says(
     assert "takes no voxel size and position from its group" in caplog.text
 
 
-def test_a_nrrd_lies_where_its_origin_says(tmp_path: Path) -> None:
+def test_sections_of_unknown_thickness_have_no_voxel_size(tmp_path: Path) -> None:
+    """Fiji writes no spacing for a single section, or if only the pixel size was set."""
+    resolution, about = (1000 / SIZE[2], 1000 / SIZE[1]), {"unit": "um"}
+    (tmp_path / "stack").mkdir()
+    for name, data, axes in (("a.tif", values(), "ZYX"), *((f"stack/{z}.tif", values()[z], "YX") for z in range(2))):
+        tifffile.imwrite(tmp_path / name, data, imagej=True, resolution=resolution, metadata={**about, "axes": axes})
+    for name in ("a.tif", "stack"):
+        assert open_volume(tmp_path / name).voxel_size is None
+        with pytest.raises(InputError, match=f"{name} does not contain its voxel size; give --voxel-size"):
+            ingest_raw(tmp_path / "root", "mine", open_volume(tmp_path / name))
+
+
+@pytest.mark.parametrize("axes", ["xyz", "zxy", "cyx"])
+def test_hdf5_of_other_axes_is_refused(axes: str, tmp_path: Path) -> None:
+    place = Path(as_hdf5(tmp_path, values()))
+    for names in (axes, "zyx"):
+        with h5py.File(place, "a") as file:
+            tags = {"axes": [{"key": key, "typeFlags": 2, "resolution": 0, "description": ""} for key in names]}
+            file["volumes/raw"].attrs["axistags"] = json.dumps(tags, indent=2)
+        if names == axes:
+            with pytest.raises(InputError, match=rf"a\.h5:/volumes/raw has the axes {axes} .*, expected zyx"):
+                open_volume(place)
+    assert open_volume(place).shape == SHAPE
+
+
+def test_the_offset_of_hdf5_has_the_unit_of_its_voxels(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        data = file.create_dataset("er", data=values())
+        data.attrs["resolution"], data.attrs["offset"] = np.divide(SIZE, 1000), [0.4, 0.8, 1.2]
+        data.attrs["units"] = [b"um"] * 3
+    found = open_volume(tmp_path / "a.h5")
+    assert found.voxel_size == pytest.approx(SIZE)
+    assert found.begin == pytest.approx((400, 800, 1200))
+
+
+@pytest.mark.parametrize(("stamp", "flags", "dtype"), [(1146047817, 0, "u1"), (1146047817, 1, "i1"), (0, 0, "i1")])
+def test_bytes_of_mrc_have_the_sign_that_imod_says(stamp: int, flags: int, dtype: str, tmp_path: Path) -> None:
+    stored = np.arange(256, dtype=np.uint8).reshape(4, 8, 8)
+    with mrcfile.new(tmp_path / "a.mrc", stored.view(np.int8)) as file:
+        extra = np.zeros(21, "<i4")
+        extra[10:12] = stamp, flags
+        file.header.extra2 = extra.tobytes()
+    found = open_volume(tmp_path / "a.mrc")
+    assert found.dtype == np.dtype(dtype)
+    assert np.array_equal(found.read((0, 0, 0), (4, 8, 8)), stored.view(dtype))
+
+
+def test_a_nrrd_lies_where_its_origin_says(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     about = {"space dimension": 3, "space directions": np.diag(SIZE[::-1]) / 1000, "space units": ["um"] * 3}
     nrrd.write(str(tmp_path / "a.nrrd"), values().T, {**about, "space origin": [0.3, 0.2, 0.1]})
     assert open_volume(tmp_path / "a.nrrd").begin == pytest.approx((100 - 4, 200 - 2, 300 - 2.75))
     turned = {**about, "space directions": np.diag([-0.0055, 0.004, 0.008]), "space origin": [0.3, 0.2, 0.1]}
     nrrd.write(str(tmp_path / "b.nrrd"), values().T, turned)
+    assert "origin" not in caplog.text
     assert open_volume(tmp_path / "b.nrrd").begin is None
+    assert "b.nrrd: its origin is not used, since its axes are turned" in caplog.text
     nrrd.write(str(tmp_path / "c.nhdr"), values().T, about, detached_header=True, relative_data_path=True)
     header = tmp_path / "c.nhdr"
     header.write_text(header.read_text().replace("encoding:", "byte skip: 8\nencoding:"))
@@ -266,6 +316,19 @@ def test_raw_comes_in_with_its_pyramid(tmp_path: Path) -> None:
     assert np.array_equal(got, np.clip(np.rint(again * np.float32(255 / 1990)), 0, 255).astype(np.uint8))
 
 
+def test_labels_of_a_raw_that_is_replaced_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The voxel size is corrected: the labels keep the one with which they were placed."""
+    root, source = tmp_path / "root", open_volume(as_npy(tmp_path, values()))
+    ingest_raw(root, "mine", source, SIZE)
+    ingest_raw(root, "mine", source, (8, 8, 8), overwrite=True)
+    ingest_labels(root, "mine", "crop4", Drawn("er", source, "semantic"))
+    ingest_raw(root, "mine", source, (8, 8, 8), overwrite=True)
+    assert caplog.text == ""
+    ingest_raw(root, "mine", source, (4, 4, 4), overwrite=True)
+    assert "mine: the raw has another voxel size or position now, and labels stay" in caplog.text
+    assert "(crop4); ingest them again" in caplog.text
+
+
 def test_labels_of_each_kind_mean_what_they_meant(tmp_path: Path) -> None:
     root = tmp_path / "root"
     ingest_raw(root, "mine", open_volume(as_npy(tmp_path, values())), SIZE)
@@ -305,6 +368,14 @@ def test_labels_lie_where_they_were_drawn(tmp_path: Path, caplog: pytest.LogCapt
     with pytest.raises(InputError, match="lie outside the raw of mine"):
         ingest_labels(root, "mine", "crop3", Drawn("er", source), begin=(1e4, 0, 0))
     assert caplog.text == ""
+    whole = Path(as_ome_tiff(tmp_path, np.zeros(SHAPE, np.uint8)))
+    ingest_labels(root, "mine", "crop5", Drawn("er", open_volume(whole)), SIZE)
+    ingest_labels(root, "mine", "crop6", Drawn("er", open_volume(whole)))
+    assert caplog.text == ""
+    tifffile.imwrite(whole, np.zeros(SHAPE, np.uint8), metadata={"axes": "ZYX"} | dict.fromkeys(SIZES, 0.001))
+    ingest_labels(root, "mine", "crop7", Drawn("er", open_volume(whole)))
+    assert "a.ome.tif has the shape of the raw of mine, but voxels of (1, 1, 1) nm, as the file says" in caplog.text
+    caplog.clear()
     ingest_labels(root, "mine", "crop3", Drawn("er", source), begin=(136, 0, 0))
     assert "reach beyond the raw of mine" in caplog.text
     ingest_labels(root, "mine", "crop4", Drawn("er", source), known=Known(1))

@@ -102,7 +102,7 @@ def test_what_was_kept_out_of_training_is_predicted(
     (other / "split.yaml").unlink()
     capsys.readouterr()
     assert main([str(a) for a in [*predict, "--checkpoint", other / "checkpoints/last.ckpt", *fixed]]) == 1
-    assert f"there is no {other / 'split.yaml'}; name the crops yourself" in capsys.readouterr().err
+    assert "last.ckpt: no validation crops are known, from split.yaml of its run" in capsys.readouterr().err
 
 
 def test_a_box_is_predicted(way: Path, phantom: Path) -> None:

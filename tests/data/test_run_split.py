@@ -158,6 +158,18 @@ def test_a_run_does_not_resume_on_the_crops_that_it_validated(trained: tuple[Run
     assert train(config, run.folder, resume=True).epochs == 2
 
 
+def test_validation_crops_that_the_weights_were_trained_on_are_named(
+    trained: tuple[RunConfig, Run, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    config, run, other = trained
+    config.model.weights = str(run.folder)
+    train(config, run.folder.parent / "same")
+    assert "model.weights was trained on" not in caplog.text
+    config.dataset.split_file = str(other)
+    train(config, run.folder.parent / "exchanged")
+    assert "1 of 1 crop was used for training (mine/crop1): validation is on what model.weights was" in caplog.text
+
+
 def test_a_run_that_replaces_another_has_its_own_split_and_checkpoints(trained: tuple[RunConfig, Run, Path]) -> None:
     config, run, other = trained
     config.dataset.split_file = str(other)

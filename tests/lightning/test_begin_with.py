@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from connectomics.config.schema import InputConfig
 from connectomics.errors import InputError, MissingError
 from connectomics.lightning.fine_tuning import begin_with, output_names
 from connectomics.lightning.module import ConnectomicsModule
@@ -109,6 +110,23 @@ def test_heads_are_copied_by_what_they_predict(tmp_path: Path) -> None:
         if axes[name] == (0,):
             old = first.network.state_dict()[name]
             assert torch.equal(value[:3], old[[0, 1, 3]])
+
+
+def test_weights_of_other_voxel_sizes_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A network learns sizes in voxels: of its main input, and of further ones."""
+    coarse, coarser = ([InputConfig([size] * 3, [16] * 3)] for size in (16.0, 32.0))
+    first = ConnectomicsModule(tiny_config(data__inputs=coarse))
+    content = {"state_dict": first.state_dict()}
+    first.on_save_checkpoint(content)
+    torch.save(content, tmp_path / "first.ckpt")
+    begin_with(tmp_path / "first.ckpt", ConnectomicsModule(tiny_config(data__inputs=coarse)))
+    assert "worse" not in caplog.text
+    begin_with(tmp_path / "first.ckpt", ConnectomicsModule(tiny_config(data__inputs=coarser)))
+    assert "at [8.0, 8.0, 8.0] and [16.0, 16.0, 16.0] nm, the configuration has [8.0, 8.0, 8.0] and [32" in caplog.text
+    caplog.clear()
+    thick = tiny_config(data__inputs=coarse, dataset__voxel_size=[40.0, 8.0, 8.0])
+    begin_with(tmp_path / "first.ckpt", ConnectomicsModule(thick))
+    assert "the configuration has [40.0, 8.0, 8.0] and [16.0, 16.0, 16.0] nm: expect worse results" in caplog.text
 
 
 def test_a_text_file_is_called_so(tmp_path: Path) -> None:

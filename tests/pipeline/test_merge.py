@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from connectomics.cellmap.crop_table import CropTable, TableEntry
 from connectomics.cli import main
-from connectomics.config import RunConfig, load_config
+from connectomics.config import RunConfig, load_config, save_config
 from connectomics.config.values import plain
 from connectomics.decoding.average_task import AverageTask
 from connectomics.decoding.parameters import DecodeParameters
@@ -29,6 +29,7 @@ from connectomics.pipeline.tune import tune
 from connectomics.pipeline.tune_results import ClassScore, tuned_scores
 from connectomics.tasks import run_task
 from tests.cellmap.roots import grid_of, write_label, write_raw
+from tests.pipeline.test_predict_crops import config_of, root, save_checkpoint  # noqa: F401  (root is a fixture)
 
 FINE, COARSE = grid_of((24, 24, 24), 8, 64), grid_of((12, 12, 12), 16, 64)
 RULES = ("2026-06", "2026-07-affine")
@@ -118,7 +119,7 @@ def test_tuned_folders_in_another_order(
     two: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What tune wrote names the network, so that no prediction gets the scores and parameters of another one."""
-    root = tmp_path / "root"
+    root = tmp_path / "root"  # noqa: F811
     write_raw(root, "one", np.zeros(FINE.shape, np.uint8), FINE, levels=1)
     write_label(root, "one", "crop1", "mito", (ramp(FINE) > 0.5).astype(np.uint8), FINE)
     folders = []
@@ -133,6 +134,21 @@ def test_tuned_folders_in_another_order(
         merge(two, out=tmp_path / "other", tuned=folders[::-1])
     merge([two[0]], out=tmp_path / "one", tuned=[folders[1]])
     assert f"{folders[1]} was tuned on predictions of another network than {two[0]}" in caplog.text
+
+
+def test_scores_are_looked_for_before_anything_is_predicted(root: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Runs without a validation: it was said once all of them were predicted."""
+    config, runs = config_of(root), [tmp_path / "one", tmp_path / "two"]
+    for number, run in enumerate(runs):
+        (run / "checkpoints").mkdir(parents=True)
+        save_checkpoint(run / "checkpoints/last.ckpt", config, number)
+        save_config(config, run / "config.yaml")
+    with pytest.raises(InputError, match=r"2 predictions have er, but .* has no validation score of it; give --tuned"):
+        merge(runs, out=tmp_path / "merged")
+    assert not list((tmp_path / "merged").glob("*"))
+    with pytest.raises(InputError, match="one is given twice"):
+        merge([runs[0], runs[0]], out=tmp_path / "merged")
+    assert merge(runs[:1], out=tmp_path / "merged").choices.keys() == {"er", "mito"}
 
 
 # -- means -------------------------------------------------------------------------------------------------------------

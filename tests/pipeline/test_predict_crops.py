@@ -25,6 +25,7 @@ from connectomics.io.artifacts import require_complete
 from connectomics.io.multiscale import Multiscale
 from connectomics.pipeline.decode import decode
 from connectomics.pipeline.evaluate import evaluate
+from connectomics.pipeline.package import write_package
 from connectomics.pipeline.predict import predict_cellmap_crops
 from connectomics.pipeline.targets import Target, chosen_targets, targets_of
 from connectomics.pipeline.tune import tune
@@ -348,6 +349,27 @@ def test_crops_that_a_network_was_trained_on_are_named(root, tmp_path, caplog):
     caplog.clear()
     evaluate(labels, root, samples=10, crops=["2"])
     assert caplog.text == ""
+
+
+def test_a_package_knows_what_its_network_was_trained_on(root, tmp_path, caplog):
+    """Also a package of a package, and one that lies in the folder of another run, whose split is not its own."""
+    run, other = (tmp_path / name / "checkpoints" for name in ("run", "other"))
+    sides, config = (("set-a/crop1",), ("set-b/crop3",)), config_of(root, crops=["crop1", "crop3"])
+    for folder, split in ((run, Split(*sides)), (other, Split(*sides[::-1]))):
+        folder.mkdir(parents=True)
+        split.save(folder.parent / "split.yaml")
+    place = save_checkpoint(run / "last.ckpt", config, 0)
+    write_package(place, tmp_path / "first.pytc")
+    package = write_package(tmp_path / "first.pytc", other / "net.pytc").path
+    lone = write_package(shutil.copy(place, tmp_path / "lone.ckpt"), tmp_path / "lone.pytc").path
+    shutil.rmtree(run)
+    targets, _ = chosen_targets(config, [package], "val", None)
+    assert [target.key for target in targets] == ["set-b/crop3"]
+    folders = predict_cellmap_crops(None, config, package, tmp_path / "out")
+    assert "1 of 2 crops was used for training (set-a/crop1)" in caplog.text
+    assert [require_complete(folder)["model"]["seen_in_training"] for folder in folders] == [True, False]
+    with pytest.raises(MissingError, match=r"lone\.pytc: no validation crops are known, .* name crops that it"):
+        chosen_targets(config, [lone], "val", None)
 
 
 def test_a_part_of_a_crop_that_was_kept_out_is_not_named(root, tmp_path, caplog):

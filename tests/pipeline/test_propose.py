@@ -299,6 +299,21 @@ def test_a_label_map_of_classes_that_do_not_overlap(root: Path, tmp_path: Path) 
     assert not one.file(tmp_path / "other", "label_map", "tiff").exists()
 
 
+def test_a_class_that_was_taken_out_of_a_proposal_is_named(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing is known of a class that is not in the row, but what came in before stays in the data root."""
+    one = small_box(root, 24, "crop905", {"mito": "semantic", "er": "semantic"})
+    write_labels(tmp_path, one, mito_above_er(one), "zarr")
+    write_table(tmp_path / "proposals.csv", [one])
+    cx.ingest(root, proposals=tmp_path)
+    cx.ingest(root, proposals=tmp_path, overwrite=True)
+    assert "in its row" not in caplog.text
+    write_table(tmp_path / "proposals.csv", [replace(one, classes={"mito": "semantic"})])
+    cx.ingest(root, proposals=tmp_path, overwrite=True)
+    assert f"{one.key} has labels of er in the data root, but not in its row of proposals.csv; remove" in caplog.text
+
+
 def test_a_class_that_was_drawn_with_annotate_is_unknown_where_nobody_drew(root: Path, tmp_path: Path) -> None:
     """New labels of `pytc annotate` have another value for unknown voxels than those of `propose`, and may have 255."""
     one = small_box(root, 14, "crop901", {"nuc": "instance"})

@@ -8,13 +8,14 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from connectomics.cellmap.catalog import Catalog, Crop
+from connectomics.cellmap.catalog import Crop
 from connectomics.config import RunConfig
 from connectomics.config.heads import head_classes, instance_classes
 from connectomics.data.augmentation import PatchAugmentor, augmentations_of
 from connectomics.data.dataset.dataset_cellmap import CellMapDataset, CellMapMultiClassDataset, Mode, PatchOptions
 from connectomics.data.normalization import of_crops
 from connectomics.data.patch_reader import PatchShape
+from connectomics.data.run_split import run_crops
 from connectomics.errors import unknown_name
 from connectomics.geometry import triple
 from connectomics.io.store import StoreOptions
@@ -81,8 +82,7 @@ def get_dataset(
     if cfg.dataset.name not in kinds:
         raise unknown_name("data set kind", cfg.dataset.name, kinds, "dataset.name")
     options = patch_options(cfg)
-    catalog = Catalog.open(cfg.dataset.data_root, StoreOptions(cache_bytes=options.chunk_cache_bytes))
-    crops = catalog.crops(cfg.dataset.datasets, cfg.dataset.crops, cfg.dataset.classes)
+    crops = run_crops(cfg, options=StoreOptions(cache_bytes=options.chunk_cache_bytes))
     return kinds[cfg.dataset.name](
         data_root=cfg.dataset.data_root, datasets=cfg.dataset.datasets, crops=cfg.dataset.crops,
         classes=cfg.dataset.classes, mode=mode, patch_size=cfg.data.patch_size, resolution=cfg.dataset.voxel_size,

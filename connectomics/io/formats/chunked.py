@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,17 @@ def open_hdf5(path: Path, inner: str | None) -> VolumeSource:
         raise CorruptDataError(f"{path} cannot be read as HDF5: {error}") from error
     volumes: list[str] = []
     file.visititems(lambda name, node: volumes.append(name) if getattr(node, "ndim", 0) == 3 else None)
-    if (inner is None and len(volumes) != 1) or (inner is not None and inner not in volumes):
+    name = volumes[0] if inner is None and len(volumes) == 1 else inner
+    if name not in volumes:
         file.close()
         raise InputError(f"{path} holds {', '.join(volumes) or 'no volume of three axes'}; name one: {path}:/NAME")
-    data = file[inner or volumes[0]]
-    size, begin = _hdf5_voxel_size(data.attrs), _three(data.attrs.get("offset"))
-    return VolumeSource.of(f"{path}:/{inner or volumes[0]}", data, voxel_size=size, begin=begin, close=file.close)
+    data = file[name]
+    axes = "".join(re.findall(r'"key":\s*"(\w)"', str(data.attrs.get("axistags"))))
+    if not re.fullmatch("([zt]yx)?", axes):
+        file.close()
+        raise InputError(f"{path}:/{name} has the axes {axes} (axistags of ilastik), expected zyx; export it so")
+    size, begin = _hdf5_place(data.attrs)
+    return VolumeSource.of(f"{path}:/{name}", data, voxel_size=size, begin=begin, close=file.close)
 
 
 def open_n5(path: Path, inner: str | None) -> VolumeSource:
@@ -132,22 +138,20 @@ def _tensorstore_source(spec: dict[str, Any], location: str, **known: Any) -> Vo
     return VolumeSource(location, tuple(array.shape), np.dtype(array.dtype.numpy_dtype), read, **known)
 
 
-def _hdf5_voxel_size(attrs: Any) -> Triple | None:
-    """``element_size_um`` (µm), or ``resolution`` or ``voxel_size`` (nm unless a unit says otherwise); all z y x."""
-    if (size := _three(attrs.get("element_size_um"))) is not None:
-        return size[0] * 1e3, size[1] * 1e3, size[2] * 1e3
-    for name in ("resolution", "voxel_size"):
-        if (size := _three(attrs.get(name))) is not None:
-            unit = attrs.get("unit", attrs.get("units", "nm"))
-            factor = in_nm(unit.decode() if isinstance(unit, bytes) else str(np.ravel(unit)[0]))
-            return None if factor is None else (size[0] * factor, size[1] * factor, size[2] * factor)
-    return None
+def _hdf5_place(attrs: Any) -> tuple[Triple | None, Triple | None]:
+    """Voxel size, ``element_size_um`` (µm), else ``resolution`` or ``voxel_size``, and ``offset``, in nm unless a unit
+    says otherwise; all z y x."""
+    unit = np.ravel(attrs.get("unit", attrs.get("units", "nm")))[0]
+    factor = in_nm(unit.decode() if isinstance(unit, bytes) else str(unit))
+    micron, *others = (attrs.get(name) for name in ("element_size_um", "resolution", "voxel_size"))
+    sizes = (_three(micron, 1e3), *(_three(value, factor) for value in others))
+    return next(filter(None, sizes), None), _three(attrs.get("offset"), factor)
 
 
-def _three(value: Any) -> Triple | None:
-    if value is None or np.size(value) != 3:
+def _three(value: Any, factor: float | None) -> Triple | None:
+    if value is None or factor is None or np.size(value) != 3:
         return None
-    z, y, x = (float(v) for v in np.ravel(value))
+    z, y, x = (float(v) * factor for v in np.ravel(value))
     return z, y, x
 
 

@@ -17,6 +17,7 @@ from connectomics.io.metadata import in_nm
 
 log = logging.getLogger(__name__)
 
+_IMOD = 1146047817  # in the header of files that IMOD wrote
 _PIECE = 1 << 22  # bytes decompressed at a time
 _NRRD_TYPES = {
     "i1": ("signed char", "int8", "int8_t"),
@@ -39,10 +40,13 @@ def open_mrc(path: Path, inner: str | None) -> VolumeSource:
         file = mrcfile.mmap(path, mode="r", permissive=False)
     except (ValueError, OSError) as error:
         raise CorruptDataError(f"{path} cannot be read as MRC: {error}; decompress a compressed file first") from error
-    size = [float(file.voxel_size[axis]) / 10 for axis in "zyx"]
+    size, data = [float(file.voxel_size[axis]) / 10 for axis in "zyx"], file.data
+    stamp, flags = np.frombuffer(file.header.extra2.tobytes(), file.header.mode.dtype)[10:12]
+    if data.dtype == np.int8 and stamp == _IMOD and not flags & 1:  # as IMOD stored bytes until version 4.2.23
+        data = data.view(np.uint8)
     if any(float(values[axis]) for values in (file.header.origin, file.nstart) for axis in "xyz"):
         log.warning("%s: its origin is not used, since programs differ in its sign and in what it means", path)
-    return VolumeSource.of(str(path), file.data, voxel_size=tuple(size) if min(size) > 0 else None, close=file.close)
+    return VolumeSource.of(str(path), data, voxel_size=tuple(size) if min(size) > 0 else None, close=file.close)
 
 
 def open_npy(path: Path, inner: str | None) -> VolumeSource:
@@ -54,9 +58,10 @@ def open_npy(path: Path, inner: str | None) -> VolumeSource:
     if isinstance(found, np.ndarray):
         return VolumeSource.of(str(path), found)
     with found:
-        if (inner is None and len(found.files) != 1) or (inner is not None and inner not in found.files):
+        name = found.files[0] if inner is None and len(found.files) == 1 else inner
+        if name not in found.files:
             raise InputError(f"{path} holds {', '.join(found.files) or 'nothing'}; name one: {path}:NAME")
-        return VolumeSource.of(str(path), found[inner or found.files[0]])
+        return VolumeSource.of(str(path), found[name])
 
 
 def open_nrrd(path: Path, inner: str | None) -> VolumeSource:
@@ -71,9 +76,9 @@ def open_nrrd(path: Path, inner: str | None) -> VolumeSource:
             offset = file.tell()
     except (OSError, ValueError, RuntimeError, nrrd.NRRDError) as error:
         raise CorruptDataError(f"{path} cannot be read as NRRD: {error}") from error
-    data_file = path
-    if "data file" in header or "datafile" in header:
-        data_file, offset = path.parent / str(header.get("data file", header.get("datafile"))), 0
+    data_file, detached = path, header.get("data file", header.get("datafile"))
+    if detached is not None:
+        data_file, offset = path.parent / str(detached), 0
     for skip in ("byte skip", "line skip"):
         if int(header.get(skip, 0)) != 0:
             raise InputError(f"{path} has a {skip}, which is not read; save it again without")
@@ -90,7 +95,7 @@ def open_nrrd(path: Path, inner: str | None) -> VolumeSource:
     else:
         raise InputError(f"{path} has encoding {encoding!r}; expected raw or gzip: save it again with one of them")
     size = _nrrd_voxel_size(header)
-    return VolumeSource.of(str(path), array, voxel_size=size, begin=_nrrd_begin(header, size))
+    return VolumeSource.of(str(path), array, voxel_size=size, begin=_nrrd_begin(path, header, size))
 
 
 def _nrrd_dtype(header: dict[str, Any], path: Path) -> np.dtype[Any]:
@@ -128,13 +133,15 @@ def _nrrd_voxel_size(header: dict[str, Any]) -> Triple | None:
     return z, y, x
 
 
-def _nrrd_begin(header: dict[str, Any], size: Triple | None) -> Triple | None:
+def _nrrd_begin(path: Path, header: dict[str, Any], size: Triple | None) -> Triple | None:
     """From ``space origin``, the center of the first voxel; None if the axes are not those of the space."""
     origin, directions = header.get("space origin"), header.get("space directions")
     if origin is None or directions is None or size is None or not np.all(np.isfinite(origin)):
         return None
     turned = np.asarray(directions, float)
     if np.any(turned != np.diag(np.abs(np.diag(turned)))):
+        if np.any(origin):
+            log.warning("%s: its origin is not used, since its axes are turned or flipped in their space", path)
         return None
     z, y, x = (o / d * s - s / 2 for o, d, s in zip(origin[::-1], np.diag(turned)[::-1], size, strict=True))
     return float(z), float(y), float(x)

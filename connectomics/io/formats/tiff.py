@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable, Sequence
@@ -18,6 +17,7 @@ from connectomics.errors import CorruptDataError, InputError, MissingError, as_w
 from connectomics.geometry import Triple, VoxelGrid
 from connectomics.io.formats.source import FORMATS, Reader, VolumeSource, optional
 from connectomics.io.metadata import in_nm
+from connectomics.io.replacing import part_of
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def write_tiff(path: Path, planes: Iterable[NDArray[Any]], dtype: DTypeLike, gri
     about: dict[str, Any] = {"axes": "ZYX", "spacing": z, "unit": "um"}
     if not imagej:
         about = {"axes": "ZYX", "PhysicalSizeZ": z, "PhysicalSizeY": y, "PhysicalSizeX": x}  # um by default
-    part = path.with_name(f".{path.name}.part-{os.getpid()}")
+    part = part_of(path)
     try:
         with as_write_error(f"cannot write {path}", "free space or choose another path"):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -206,21 +206,16 @@ def _volume_shape(axes: str, shape: Sequence[int], path: Path) -> tuple[int, ...
 
 
 def _imagej_size(file: Any) -> Triple | None:
-    """From Fiji's pixels per unit in x and y, and ``spacing`` and ``unit`` in its own metadata."""
-    about = file.imagej_metadata
-    if not about:
+    """From Fiji's pixels per unit in x and y, and ``spacing`` and ``unit`` in its own metadata.
+
+    None without ``spacing``: Fiji leaves it out for a single section, and if nobody has set the thickness."""
+    about = file.imagej_metadata or {}
+    factor, spacing = in_nm(about.get("unit")), about.get("spacing")
+    ratios = [file.pages[0].tags.valueof(name, (0, 1)) for name in ("YResolution", "XResolution")]
+    if factor is None or spacing is None or not all(above for above, _ in ratios):
         return None
-    factor = in_nm(about.get("unit"))
-    tags = file.pages[0].tags
-    if factor is None or "XResolution" not in tags or "YResolution" not in tags:
-        return None
-    steps = []
-    for name in ("YResolution", "XResolution"):
-        above, below = tags[name].value
-        if above == 0:
-            return None
-        steps.append(below / above * factor)
-    return float(about.get("spacing", steps[0] / factor)) * factor, steps[0], steps[1]
+    y, x = (below / above * factor for above, below in ratios)
+    return float(spacing) * factor, y, x
 
 
 def _ome_size(file: Any) -> Triple | None:
