@@ -55,7 +55,8 @@ class ZarrSource:
         if level.dtype not in DTYPES if form == "probability" else level.dtype.kind not in "biu":
             need = "uint8 (value/255) or float16" if form == "probability" else "integers"
             raise MetadataError(f"{location}: {form} must be {need}, found {level.dtype}")
-        largest = about.get("objects") if form == "labels" else None
+        numbered = form == "labels" and "edits" not in about.get("made_from", {})  # else IDs may have gaps
+        largest = about.get("objects") if numbered else None
         return cls(str(location), form, level.grid, about, largest, volume, unit_of(level.dtype))
 
     def read(self, begin: tuple[int, int, int], shape: tuple[int, int, int]) -> NDArray[Any]:
