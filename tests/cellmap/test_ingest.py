@@ -131,6 +131,18 @@ WITH_SIZE = (as_imagej, as_ome_tiff, as_hdf5, as_mrc, as_nrrd, as_n5, as_precomp
 WITHOUT = (as_sections, as_npy)
 
 
+@pytest.mark.parametrize("unit", ["um", [b"um"] * 3])
+def test_the_unit_of_hdf5_holds_for_size_and_place(tmp_path: Path, unit: Any) -> None:
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        written = file.create_dataset("raw", data=np.zeros((2, 3, 4), np.uint8))
+        written.attrs["resolution"] = [0.04, 0.004, 0.005]
+        written.attrs["offset"] = [1.0, 2.0, 3.5]
+        written.attrs["units"] = unit
+    with open_volume(tmp_path / "a.h5") as source:
+        assert source.voxel_size == pytest.approx((40, 4, 5))
+        assert source.begin == pytest.approx((1000, 2000, 3500))
+
+
 @pytest.mark.parametrize("write", [*WITH_SIZE, *WITHOUT])
 def test_any_block_of_any_format(write: Callable[[Path, NDArray[Any]], str], tmp_path: Path) -> None:
     data = values()

@@ -38,8 +38,7 @@ def open_hdf5(path: Path, inner: str | None) -> VolumeSource:
         file.close()
         raise InputError(f"{path} holds {', '.join(volumes) or 'no volume of three axes'}; name one: {path}:/NAME")
     data = file[inner or volumes[0]]
-    size, begin = _hdf5_voxel_size(data.attrs), _three(data.attrs.get("offset"))
-    return VolumeSource.of(f"{path}:/{inner or volumes[0]}", data, voxel_size=size, begin=begin, close=file.close)
+    return VolumeSource.of(f"{path}:/{inner or volumes[0]}", data, **_hdf5_place(data.attrs), close=file.close)
 
 
 def open_n5(path: Path, inner: str | None) -> VolumeSource:
@@ -132,22 +131,20 @@ def _tensorstore_source(spec: dict[str, Any], location: str, **known: Any) -> Vo
     return VolumeSource(location, tuple(array.shape), np.dtype(array.dtype.numpy_dtype), read, **known)
 
 
-def _hdf5_voxel_size(attrs: Any) -> Triple | None:
-    """``element_size_um`` (µm), or ``resolution`` or ``voxel_size`` (nm unless a unit says otherwise); all z y x."""
-    if (size := _three(attrs.get("element_size_um"))) is not None:
-        return size[0] * 1e3, size[1] * 1e3, size[2] * 1e3
-    for name in ("resolution", "voxel_size"):
-        if (size := _three(attrs.get(name))) is not None:
-            unit = attrs.get("unit", attrs.get("units", "nm"))
-            factor = in_nm(unit.decode() if isinstance(unit, bytes) else str(np.ravel(unit)[0]))
-            return None if factor is None else (size[0] * factor, size[1] * factor, size[2] * factor)
-    return None
+def _hdf5_place(attrs: Any) -> dict[str, Triple | None]:
+    """Voxel size from ``element_size_um`` (µm), ``resolution`` or ``voxel_size``, and begin from ``offset``; nm unless a
+    unit says otherwise, z y x."""
+    unit = np.ravel(attrs.get("unit", attrs.get("units", "nm")))[0]
+    factor = in_nm(unit.decode() if isinstance(unit, bytes) else str(unit))
+    sizes = (("element_size_um", 1e3), ("resolution", factor), ("voxel_size", factor))
+    found = [size for name, factor in sizes if (size := _three(attrs.get(name), factor)) is not None]
+    return {"voxel_size": found[0] if found else None, "begin": _three(attrs.get("offset"), factor)}
 
 
-def _three(value: Any) -> Triple | None:
-    if value is None or np.size(value) != 3:
+def _three(value: Any, factor: float | None) -> Triple | None:
+    if value is None or factor is None or np.size(value) != 3:
         return None
-    z, y, x = (float(v) for v in np.ravel(value))
+    z, y, x = (float(v) * factor for v in np.ravel(value))
     return z, y, x
 
 
