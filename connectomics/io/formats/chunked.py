@@ -132,8 +132,8 @@ def _tensorstore_source(spec: dict[str, Any], location: str, **known: Any) -> Vo
 
 
 def _hdf5_place(attrs: Any) -> dict[str, Triple | None]:
-    """Voxel size from ``element_size_um`` (µm), ``resolution`` or ``voxel_size``, and begin from ``offset``; nm unless a
-    unit says otherwise, z y x."""
+    """Voxel size from ``element_size_um`` (µm), ``resolution`` or ``voxel_size``, and begin from ``offset``, z y x; nm
+    unless a unit says otherwise."""
     unit = np.ravel(attrs.get("unit", attrs.get("units", "nm")))[0]
     factor = in_nm(unit.decode() if isinstance(unit, bytes) else str(unit))
     sizes = (("element_size_um", 1e3), ("resolution", factor), ("voxel_size", factor))
