@@ -30,6 +30,8 @@ from typing import Any
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the test kit
+
 Index = tuple[int, int, int]
 OFFSETS = np.array([[reach * (axis == k) for axis in range(3)] for reach in (1, 3, 9) for k in range(3)])
 SPACING, RADIUS = 32, 16  # voxels between the points, and of a ball
@@ -80,9 +82,9 @@ def _kept(whole: Index, full: int) -> np.ndarray:
 
 def write_volume(location: Path, shape: Index, noise: float, full: int | None = None) -> None:
     """The probabilities of the class and its affinities, block by block; ``full``: see `truth`."""
-    from connectomics.decoding.affinities.segment import affinities_of
     from connectomics.geometry import VoxelGrid
     from connectomics.io.write import create_multiscale, ensure_group
+    from tests.decoding.affinity_kit import affinities_of
 
     grid = VoxelGrid((8, 8, 8), (0, 0, 0), shape)
     about: dict[str, Any] = {"artefact": "probability", "class_name": "mito", "complete": True}
@@ -188,8 +190,6 @@ def compare(labels: str, file: str) -> list[dict[str, float]]:
     from dataclasses import asdict
 
     from connectomics.io.multiscale import Multiscale
-
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the test kit
     from tests.decoding.affinity_kit import difference
 
     volume, one = Multiscale.open(labels), np.load(file)

@@ -18,12 +18,14 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from scipy.ndimage import gaussian_filter
 
-from connectomics.decoding.affinities.segment import affinities_of
 from connectomics.decoding.decode import decode_class
 from connectomics.decoding.parameters import DecodeParameters
 from connectomics.geometry import Box, VoxelGrid
 from connectomics.metrics.challenge import score_instance
 from connectomics.pages import colors, figures
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the test kit
+from tests.decoding.affinity_kit import affinities_of
 
 RAW, LABEL, WRONG = (tuple(c / 255 for c in rgb) for rgb in (colors.TRUTH, colors.PREDICTION, colors.WRONG_OBJECT))
 

@@ -191,7 +191,7 @@ def write_probability(
         return
     for offset, piece in block.blocks((_PIECE,) * 3):
         begin, shape = layout.region(piece)
-        values = probability[tuple(slice(b - o, b - o + n) for b, o, n in zip(begin, origin, shape, strict=True))]
+        values = probability[slices_of(np.subtract(begin, origin), shape)]
         if not layout.same_voxels:
             values = resample.linear(values, layout.model.crop(begin, shape), piece)
         values = np.clip(values, 0, 1)

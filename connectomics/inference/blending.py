@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.errors import InputError
-from connectomics.geometry import Index, VoxelGrid
+from connectomics.geometry import Index, VoxelGrid, slices_of
 from connectomics.inference.background_io import ReadAhead
 from connectomics.inference.probability_values import divide, require_probabilities
 from connectomics.inference.raw import FurtherInput
@@ -284,8 +284,7 @@ class Row:
 
     def _window(self, numbers: Index) -> NDArray[np.float32]:
         corner = (self._hull[0][0], self._hull[1][0], self._raw_begin)
-        places = zip(self._lattice.begin_of(numbers), corner, self._lattice.window, strict=True)
-        return self._raw[tuple(slice(a - c, a - c + n) for a, c, n in places)]
+        return self._raw[slices_of(np.subtract(self._lattice.begin_of(numbers), corner), self._lattice.window)]
 
     def _require_finite(self, finite: bool, x0: int, x1: int) -> None:
         if not finite:

@@ -201,6 +201,8 @@ def confirm_missing(task: PredictTask) -> None:
     if len(gone) and not task.allow_missing_raw:
         if (done := _done_map(task)) is not None:
             done.mark(map(int, gone), 0)
+        for stage in task.stages[1:]:  # coarser levels, which were made from these blocks
+            done_file(task.folder, stage).unlink(missing_ok=True)
         raise StoreError(
             f"{task.name}: raw under {len(gone)} blocks went missing while they were predicted (the first "
             f"{_first(task, counts - before)}); restore it, then rerun the same command to predict them again"

@@ -5,11 +5,9 @@ tensorstore reads the chunks, and is opened on first use in each process; only l
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Iterable, Sequence
 from itertools import product
 from typing import Any
 
@@ -17,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.errors import CorruptDataError, InputError, MetadataError, MissingError
+from connectomics.geometry import slices_of
 from connectomics.io import s3
 from connectomics.io.location import (
     DEFAULT_OPTIONS,
@@ -32,6 +31,7 @@ from connectomics.io.location import (
 )
 from connectomics.io.sharded import ABSENT
 from connectomics.io.store import exists, list_objects, object_exists, read_attrs, read_json
+from connectomics.io.tensorstore_context import context_of, http_timeouts
 
 # The keys of each numcodecs compressor that tensorstore accepts; it refuses any other ("checksum").
 _COMPRESSOR_KEYS: dict[str, tuple[str, ...]] = {
@@ -42,7 +42,9 @@ _COMPRESSOR_KEYS: dict[str, tuple[str, ...]] = {
 # A row of at least so many chunks is listed, not asked for one by one; on S3 if the whole row fits one listing page.
 _LISTED, _LISTED_S3, _PAGE = 16, 4, 1000
 #: What tensorstore writes before a reason, with the file.
-_FAILED = re.compile(r'(?:[A-Z_]+: )?Error reading (?:shard entry .{0,80}? in )?(?:local file )?"([^"]+)"(?:: )?')
+_FAILED = re.compile(
+    r'(?:[A-Z_]+: )?Error reading (?:shard (?:entry .{0,80}?|index) in )?(?:local file )?"([^"]+)"(?:: )?'
+)
 
 
 class StoredArray:
@@ -52,7 +54,7 @@ class StoredArray:
         location: path or URL. options: how it is read.
         zarr_format: 2 or 3. shape: voxels. dtype: native numpy dtype (bool, integer or float).
         leading: number of stored axes of length 1 (t, c) before those of ``shape``, which leaves them out.
-        chunks: voxels of one stored file (of a sharded array: of a shard). fill_value: value of absent chunks.
+        chunks: voxels of what may be absent: of a file, or in shards of other programs of a chunk. fill_value: of such.
         absent_is_fill: whether absent chunks are data (`connectomics.io.sharded`).
 
     Raises:
@@ -76,6 +78,7 @@ class StoredArray:
                 raise _no_array(self.location, meta, options)
         self.metadata = meta
         self._signed = is_s3(self.location) and s3.is_signed(split_s3(self.location)[0], self.options)
+        self.absent_is_fill: bool = self.zarr_format == 3 and ABSENT.items() <= meta.get("attributes", {}).items()
         try:
             self._parse(meta)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -87,18 +90,26 @@ class StoredArray:
                 "write one time point and channel as a separate volume"
             )
         self.shape, self.chunks = self.shape[leading:], self.chunks[leading:]
-        self.absent_is_fill: bool = self.zarr_format == 3 and ABSENT.items() <= meta.get("attributes", {}).items()
         if self.dtype.kind not in "biuf":
             raise MetadataError(f"{self.location} holds {self.dtype}; expected bool, integers or floats")
 
     def _parse(self, meta: dict[str, Any]) -> None:
         self.shape = tuple(int(n) for n in meta["shape"])
+        self._sharding: dict[str, Any] | None = None
         if self.zarr_format == 2:
-            self.chunks = tuple(int(n) for n in meta["chunks"])
+            self.chunks = files = tuple(int(n) for n in meta["chunks"])
             self.dtype = np.dtype(meta["dtype"]).newbyteorder("=")
             self._key_prefix, self._separator = "", str(meta.get("dimension_separator", "."))
         else:
-            self.chunks = tuple(int(n) for n in meta["chunk_grid"]["configuration"]["chunk_shape"])
+            self.chunks = files = tuple(int(n) for n in meta["chunk_grid"]["configuration"]["chunk_shape"])
+            first, *others = meta["codecs"]
+            if first["name"] == "sharding_indexed" and not others and not self.absent_is_fill:
+                inner = first["configuration"]
+                self.chunks = tuple(inner["chunk_shape"])
+                self._sharding = {
+                    "driver": "zarr3_sharding_indexed", "grid_shape": np.floor_divide(files, self.chunks).tolist(),
+                    "index_codecs": inner["index_codecs"], "index_location": inner.get("index_location", "end"),
+                }  # fmt: skip
             self.dtype = np.dtype(str(meta["data_type"]))
             encoding = meta["chunk_key_encoding"]
             default = encoding["name"] == "default"
@@ -106,6 +117,7 @@ class StoredArray:
             self._key_prefix = f"c{self._separator}" if default else ""
         if len(self.chunks) != len(self.shape) or min(self.chunks, default=1) < 1 or min(self.shape, default=0) < 0:
             raise ValueError(f"shape {self.shape} and chunks {self.chunks} do not fit")
+        self._per_file = np.floor_divide(files, self.chunks)
         fill = meta.get("fill_value")
         self.fill_value = np.asarray(0 if fill is None else fill).astype(self.dtype)[()]
 
@@ -139,7 +151,7 @@ class StoredArray:
             return self._read_inside(low, high, absent_is_missing)
         values, inside = np.zeros(tuple(shape), self.dtype), np.zeros(tuple(shape), bool)
         if all(h > lo for lo, h in zip(low, high, strict=True)):
-            where = tuple(slice(lo - int(b), h - int(b)) for lo, h, b in zip(low, high, begin, strict=True))
+            where = slices_of(np.subtract(low, begin), np.subtract(high, low))
             values[where], inside[where] = self._read_inside(low, high, absent_is_missing)
         return values, inside
 
@@ -153,10 +165,15 @@ class StoredArray:
         shape = [int(e) - int(b) for b, e in zip(begin, end, strict=True)]
         if self.absent_is_fill:
             return np.ones(shape, bool)
-        locations = [self.chunk_location(i) for i in product(*map(range, map(int, begin), map(int, end)))]
+        indexes = list(product(*map(range, map(int, begin), map(int, end))))
+        locations = [self.chunk_location(i) for i in indexes]
         row = -(-self.shape[-1] // self.chunks[-1])
         least, most = (_LISTED_S3, _PAGE) if is_s3(self.location) else (_LISTED, 4 * shape[-1])
-        if self._separator == "/" and shape[-1] >= least and row <= most:
+        if self._sharding is not None and not was_forked():
+            held = self._held(self._sharding, set(locations))
+            places = ([*[0] * self.leading, *index] % self._per_file for index in indexes)
+            found = [at.astype(">u4").tobytes() in held[file] for at, file in zip(places, locations, strict=True)]
+        elif self._separator == "/" and shape[-1] >= least and row <= most:
             rows = list(dict.fromkeys(location.rpartition("/")[0] for location in locations))
             listed = s3.in_parallel(lambda at: list_objects(at, self.options), rows)
             there = {f"{at}/{name}" for at, names in zip(rows, listed, strict=True) for name in names}
@@ -169,9 +186,23 @@ class StoredArray:
             self.check_still_there()
         return np.array(found, dtype=bool).reshape(shape)
 
+    def _held(self, index: dict[str, Any], files: Iterable[str]) -> dict[str, set[bytes]]:
+        """Return the places of the chunks that each shard holds; none of a shard that is absent."""
+        import tensorstore
+
+        base, context = self._spec()["kvstore"], context_of(self.options)
+        listed = {}
+        try:
+            for file in files:
+                shard = {**base, "path": base["path"] + file[len(self.location) + 1 :]}
+                listed[file] = tensorstore.KvStore.open({**index, "base": shard}, context=context).result().list()
+            return {file: set(keys.result()) for file, keys in listed.items()}
+        except (ValueError, OSError) as error:
+            raise self._read_error(error) from error
+
     def chunk_location(self, index: Sequence[int]) -> str:
         """Return the path or URL of the file that holds chunk ``index``."""
-        whole = [*[0] * self.leading, *index]
+        whole = [*[0] * self.leading, *index] // self._per_file
         return f"{self.location}/{self._key_prefix}{self._separator.join(str(int(i)) for i in whole)}"
 
     def chunk_range(self, low: Sequence[int], high: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -237,11 +268,11 @@ class StoredArray:
             return self._opened
         import tensorstore
 
-        settings = {"context": _context(self.options.cache_bytes, self.options.threads, self.options.retries)}
+        settings = {"context": context_of(self.options)}
         settings |= {"open": True, "read": True, "assume_metadata": True}
         spec = self._spec()
         try:
-            with _http_timeouts(self.options):
+            with http_timeouts(self.options):
                 tolerant, strict = (
                     tensorstore.open({**spec, "fill_missing_data_reads": fill}, **settings).result()
                     for fill in (True, False)
@@ -279,7 +310,7 @@ class StoredArray:
                 if isinstance(error, OSError) and error.errno is not None:  # of the system, not of a codec
                     raise _unreadable(where, error.strerror or one_line(error)) from error
                 raise _corrupt(where, one_line(error)) from error
-            out[tuple(slice(b - lo, e - lo) for b, e, lo in zip(begin, end, low, strict=True))] = values
+            out[slices_of(np.subtract(begin, low), values.shape)] = values
         return out
 
     def _spec(self) -> dict[str, Any]:
@@ -326,43 +357,6 @@ class StoredArray:
 
     def __repr__(self) -> str:
         return f"StoredArray({self.location!r}, shape={self.shape}, dtype={self.dtype}, chunks={self.chunks})"
-
-
-@lru_cache(maxsize=16)
-def _context(cache_bytes: int, threads: int, retries: int) -> Any:
-    import tensorstore
-
-    delays = {"initial_delay": f"{s3.FIRST_DELAY:g}s", "max_delay": f"{s3.LONGEST_DELAY:g}s"}
-    return tensorstore.Context(
-        {
-            "cache_pool": {"total_bytes_limit": cache_bytes},
-            "data_copy_concurrency": {"limit": threads},
-            "file_io_concurrency": {"limit": max(1, threads)},
-            "s3_request_concurrency": {"limit": 16},
-            "s3_request_retries": {"max_retries": retries, **delays},
-        }
-    )
-
-
-@contextlib.contextmanager
-def _http_timeouts(options: StoreOptions) -> Iterator[None]:
-    """Make tensorstore give up on a silent server; by default it waits forever.
-
-    It reads these limits only from the environment, when it opens its first S3 array. Values the user set are kept.
-    """
-    seconds = str(max(1, int(options.attempt_timeout)))
-    wanted = {
-        "TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS": seconds,
-        "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": seconds,
-        "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "100",
-    }
-    ours = [name for name in wanted if name not in os.environ]
-    os.environ.update({name: wanted[name] for name in ours})
-    try:
-        yield
-    finally:
-        for name in ours:
-            os.environ.pop(name, None)
 
 
 def _no_array(location: str, meta: dict[str, Any] | None, options: StoreOptions) -> Exception:

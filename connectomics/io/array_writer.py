@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.errors import InputError, MetadataError
+from connectomics.geometry import slices_of
 from connectomics.io import s3
 from connectomics.io.array import StoredArray
 from connectomics.io.location import Location, StoreOptions, absolute
@@ -124,8 +125,8 @@ class ArrayWriter:
             low = [max(i * c, b) for i, c, b in zip(index, self.chunks, begin, strict=True)]
             high = [min((i + 1) * c, e) for i, c, e in zip(index, self.chunks, end, strict=True)]
             origin = [i * c for i, c in zip(index, self.chunks, strict=True)]
-            inner = tuple(slice(lo - o, h - o) for lo, h, o in zip(low, high, origin, strict=True))
-            yield index, inner, tuple(slice(lo - b, h - b) for lo, h, b in zip(low, high, begin, strict=True))
+            shape = np.subtract(high, low)
+            yield index, slices_of(np.subtract(low, origin), shape), slices_of(np.subtract(low, begin), shape)
 
 
 def chunk_codec(compressor: Mapping[str, Any]) -> Any:

@@ -145,7 +145,7 @@ def _ids(source: Source, grid: VoxelGrid, numbers: NDArray[Any] | None, limit: i
     if block.dtype == np.bool_:
         block = block.view(np.uint8)
     if numbers is not None:
-        block = np.where(block > 0, np.searchsorted(numbers, block) + 1, 0)
+        block = np.where(block > 0, np.searchsorted(numbers, block.astype(np.uint64)) + 1, 0)
     if not block.any():
         return np.zeros(grid.shape, np.uint8)
     if int(block.min()) < 0 or int(block.max()) > limit:

@@ -55,7 +55,8 @@ class ZarrSource:
         if level.dtype not in DTYPES if form == "probability" else level.dtype.kind not in "biu":
             need = "uint8 (value/255) or float16" if form == "probability" else "integers"
             raise MetadataError(f"{location}: {form} must be {need}, found {level.dtype}")
-        largest = about.get("objects") if form == "labels" else None
+        numbered = form == "labels" and "edits" not in about.get("made_from", {})  # else IDs may have gaps
+        largest = about.get("objects") if numbered else None
         return cls(str(location), form, level.grid, about, largest, volume, unit_of(level.dtype))
 
     def read(self, begin: tuple[int, int, int], shape: tuple[int, int, int]) -> NDArray[Any]:
@@ -98,27 +99,19 @@ class NpySource:
         kind = self.array.dtype.kind
         if kind not in "biuf":
             raise InputError(f"{self.path} holds {self.array.dtype}; expected labels or probabilities")
-        if kind == "b":
-            return 1
-        low, high, whole, missing = 0.0, 0.0, True, 0
-        largest = 0
+        low, high, whole, missing = 0, 0, True, 0
         for slab in _slabs(self.array):
             if kind == "f":
                 bad = np.isnan(slab)
                 missing += int(bad.sum())
                 slab = np.where(bad, 0, slab)
                 whole = whole and bool(np.all(slab == np.rint(slab)))
-                high = max(high, float(slab.max(initial=0)))
-            else:
-                largest = max(largest, int(slab.max(initial=0)))
-            low = min(low, float(slab.min(initial=0)))
+            low, high = min(low, slab.min(initial=0).item()), max(high, slab.max(initial=0).item())
         if missing:
             warnings.warn(f"{self.path}: {missing} voxels are NaN and count as background", stacklevel=3)
         if low < 0:
             raise InputError(f"{self.path} holds negative values ({low:.6g}); labels and probabilities are at least 0")
-        if kind != "f":
-            return largest
-        if whole and high < 2**53:
+        if kind != "f" or (whole and high < 2**53):
             return int(high)
         self.form = "probability"
         if high > 1.0 + 1e-6:

@@ -132,6 +132,18 @@ WITH_SIZE = (as_imagej, as_ome_tiff, as_hdf5, as_mrc, as_nrrd, as_n5, as_precomp
 WITHOUT = (as_sections, as_npy)
 
 
+@pytest.mark.parametrize("unit", ["um", [b"um"] * 3])
+def test_the_unit_of_hdf5_holds_for_size_and_place(tmp_path: Path, unit: Any) -> None:
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        written = file.create_dataset("raw", data=np.zeros((2, 3, 4), np.uint8))
+        written.attrs["resolution"] = [0.04, 0.004, 0.005]
+        written.attrs["offset"] = [1.0, 2.0, 3.5]
+        written.attrs["units"] = unit
+    with open_volume(tmp_path / "a.h5") as source:
+        assert source.voxel_size == pytest.approx((40, 4, 5))
+        assert source.begin == pytest.approx((1000, 2000, 3500))
+
+
 @pytest.mark.parametrize("write", [*WITH_SIZE, *WITHOUT])
 def test_any_block_of_any_format(write: Callable[[Path, NDArray[Any]], str], tmp_path: Path) -> None:
     data = values()
@@ -237,16 +249,6 @@ def test_hdf5_of_other_axes_is_refused(axes: str, tmp_path: Path) -> None:
             with pytest.raises(InputError, match=rf"a\.h5:/volumes/raw has the axes {axes} .*, expected zyx"):
                 open_volume(place)
     assert open_volume(place).shape == SHAPE
-
-
-def test_the_offset_of_hdf5_has_the_unit_of_its_voxels(tmp_path: Path) -> None:
-    with h5py.File(tmp_path / "a.h5", "w") as file:
-        data = file.create_dataset("er", data=values())
-        data.attrs["resolution"], data.attrs["offset"] = np.divide(SIZE, 1000), [0.4, 0.8, 1.2]
-        data.attrs["units"] = [b"um"] * 3
-    found = open_volume(tmp_path / "a.h5")
-    assert found.voxel_size == pytest.approx(SIZE)
-    assert found.begin == pytest.approx((400, 800, 1200))
 
 
 @pytest.mark.parametrize(("stamp", "flags", "dtype"), [(1146047817, 0, "u1"), (1146047817, 1, "i1"), (0, 0, "i1")])

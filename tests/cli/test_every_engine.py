@@ -19,7 +19,6 @@ from connectomics.config.schema import (
     RunConfig,
 )
 from connectomics.decoding.affinities.affinity_task import AffinitiesTask
-from connectomics.decoding.affinities.segment import affinities_of
 from connectomics.decoding.average_task import AverageTask
 from connectomics.decoding.blocks.labels_task import MaskTask
 from connectomics.decoding.blocks.stitched_task import ComponentsTask, StitchedTask
@@ -37,7 +36,7 @@ from connectomics.pipeline.run_task import TASK_KINDS
 from connectomics.tasks import open_engine, run_task
 from connectomics.tasks.block_task import BlockTask
 from tests.cellmap.roots import grid_of, write_label, write_raw
-from tests.decoding.affinity_kit import OFFSETS, cells, write_prediction
+from tests.decoding.affinity_kit import OFFSETS, affinities_of, cells, write_prediction
 from tests.pipeline.test_predict_crops import save_checkpoint
 
 pytestmark = pytest.mark.slow

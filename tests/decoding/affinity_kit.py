@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from connectomics.decoding.affinities.segment import affinities_of, segment
+from connectomics.decoding.affinities.segment import segment
 from connectomics.decoding.cellmap_postprocess import finished
 from connectomics.decoding.parameters import DecodeParameters
 from connectomics.geometry import VoxelGrid
@@ -31,6 +32,25 @@ def cells(shape: tuple[int, int, int], number: int, reach: float, seed: int = 0)
         closer = distance < np.minimum(nearest, reach**2)
         ids[closer], nearest[closer] = i, distance[closer]
     return ids
+
+
+def affinities_of(ids: np.ndarray, offsets: ArrayLike) -> np.ndarray:
+    """Return the affinities of instance labels; the plain definition.
+
+    Args:
+        ids: (D, H, W), 0 background.
+        offsets: (K, 3) whole voxels, z y x.
+
+    Returns:
+        (K, D, H, W) uint8: 255 where ``ids[p] == ids[p + o] != 0``, else 0, also where p + o is outside.
+    """
+    steps = np.asarray(offsets, np.int64)
+    found = np.zeros((len(steps), *ids.shape), np.uint8)
+    for channel, offset in zip(found, steps, strict=True):
+        here = tuple(slice(max(0, -o), max(0, min(n, n - o))) for o, n in zip(offset, ids.shape, strict=True))
+        there = tuple(slice(max(0, o), max(0, min(n, n + o))) for o, n in zip(offset, ids.shape, strict=True))
+        channel[here] = 255 * ((ids[here] == ids[there]) & (ids[here] != 0))
+    return found
 
 
 def instances(affinities, offsets, mask=None, method="mutex_watershed", *, min_size=0, **more) -> np.ndarray:

@@ -7,10 +7,10 @@ import itertools
 import numpy as np
 import pytest
 
-from connectomics.decoding.affinities.segment import affinities_of, segment
+from connectomics.decoding.affinities.segment import segment
 from connectomics.decoding.parameters import DecodeParameters
 from connectomics.errors import InputError
-from tests.decoding.affinity_kit import instances
+from tests.decoding.affinity_kit import affinities_of, instances
 
 OFFSETS = np.array(
     [(1, 0, 0), (0, 1, 0), (0, 0, 1), (-3, 0, 0), (0, 3, 1), (0, -2, 3)]

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from connectomics.decoding.affinities.affinity_task import AffinitiesTask, agreement, stitched
-from connectomics.decoding.affinities.segment import affinities_of
 from connectomics.decoding.blocks import groups
 from connectomics.decoding.parameters import DecodeParameters, decode_parameters
 from connectomics.decoding.prediction import StoredAffinities
@@ -25,6 +24,7 @@ from connectomics.tasks import run_task
 from tests.decoding.affinity_kit import (
     OFFSETS,
     SIZE,
+    affinities_of,
     cells,
     difference,
     instances,

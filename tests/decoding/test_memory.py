@@ -8,10 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from connectomics.decoding.affinities.segment import affinities_of
 from connectomics.geometry import VoxelGrid
 from connectomics.io.write import create_multiscale
-from tests.decoding.affinity_kit import OFFSETS, write_prediction
+from tests.decoding.affinity_kit import OFFSETS, affinities_of, write_prediction
 
 # One process decodes a volume three times, until the heaps of its threads have settled, and then one that is stored in
 # 20 MB more; kernels and imports are there by then.

@@ -18,6 +18,7 @@ from connectomics.inference.background_io import ReadAhead
 from connectomics.inference.predict_task import PredictTask, run_predict_task
 from connectomics.io import store
 from connectomics.io.artifacts import require_complete
+from connectomics.io.levels import halve_raw
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.store import StoreError
 from connectomics.io.write import write_multiscale
@@ -185,6 +186,17 @@ def test_raw_that_is_deleted_while_it_is_predicted_is_noticed(raw, tmp_path):
     run_predict_task(task, again)
     assert again.calls == 1, "that block, and no other"
     assert np.array_equal(stored(task), RAW)
+
+
+def test_coarser_levels_follow_a_block_that_is_predicted_again(raw, tmp_path):
+    kept = tmp_path / "kept"
+    task = task_of(raw, tmp_path / "out", pyramid=True)
+    with pytest.raises(StoreError, match="raw under 1 blocks went missing while they were predicted"):
+        run_predict_task(task, Network(0, lambda: chunk_of(raw, 5).rename(kept)))
+    kept.rename(chunk_of(raw, 5))
+    run_predict_task(task, identity)
+    level = Multiscale.open(f"{task.output}/mito").arrays[1]
+    assert np.array_equal(level.read((0, 0, 0), level.shape)[0], halve_raw(RAW))
 
 
 TARGETS = {

@@ -15,8 +15,17 @@ from connectomics.config.schema import RunConfig
 from connectomics.errors import ConfigError, CorruptDataError, WriteError
 from connectomics.geometry import VoxelGrid
 from connectomics.io.multiscale import Multiscale, PlainArray
+from connectomics.io.resample import linear
 from connectomics.io.sharded import Storage
-from connectomics.io.write import ArrayWriter, create_array, create_multiscale, ensure_group, update_attrs
+from connectomics.io.write import (
+    ArrayWriter,
+    create_array,
+    create_multiscale,
+    ensure_group,
+    multiscales_attrs,
+    update_attrs,
+)
+from tests.s3_server import FolderServer
 
 GRID = VoxelGrid((8, 8, 4), (4, 4, 2), (70, 100, 40))
 SHARD = (32, 64, 32)
@@ -95,6 +104,42 @@ def test_a_truncated_shard_is_named(tmp_path: Path) -> None:
         CorruptDataError, match=r"cannot decode a chunk of \S+/c/1/0/0: it is truncated or damaged \(Error dec"
     ):
         PlainArray.open(writer.location).read()
+
+
+def foreign(place: Path, where: str = "end") -> np.ndarray:
+    """Raw of another program in shards of 2 x 2 x 2 chunks, of which one chunk and the last shard are absent."""
+    values = np.random.default_rng(1).integers(1, 255, GRID.shape, np.uint8)
+    values[16:32, :16, 16:32] = values[64:, 96:, 32:] = 0
+    zarr.open_group(place, mode="w", zarr_format=3).attrs.update(multiscales_attrs([GRID], "em", 3))
+    shards = zarr.codecs.ShardingCodec(chunk_shape=(16, 16, 16), index_location=where)
+    array = zarr.create_array(
+        place / "s0", shape=GRID.shape, chunks=(32, 32, 32), dtype="uint8", serializer=shards, compressors=None,
+        fill_value=0,
+    )  # fmt: skip
+    array[...] = values
+    return values
+
+
+@pytest.mark.parametrize("where", ["start", "end"])
+@pytest.mark.parametrize("remote", [False, True])
+def test_absent_chunks_within_shards_are_missing_raw(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, remote: bool
+) -> None:
+    values = foreign(tmp_path / "em", where)
+    assert not (tmp_path / "em/s0/c/2/3/1").exists()
+    with FolderServer(tmp_path) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.endpoint)
+        volume = Multiscale.open("s3://public/em" if remote else tmp_path / "em")
+        assert volume.missing_chunks(GRID)[:2] == (2, 5 * 7 * 3)
+        assert volume.missing_chunks(GRID)[2] == f"{volume.location}/s0/c/0/0/0"
+        for grid in (GRID, GRID.crop((20, 3, 10), (20, 20, 20)), GRID.at_voxel_size((16, 16, 8))):
+            found, inside = volume.read_raw(grid)
+            exact, filled = linear(values, GRID, grid), linear((values > 0) * 255, GRID, grid) > 254.9
+            assert np.array_equal(inside, filled)
+            assert np.allclose(found, np.where(inside, exact, 0), atol=1e-4)
+        labels, known = volume.read_level(0, (0, 0, 0), GRID.shape, absent_is_missing=False)
+        assert known.all()
+        assert np.array_equal(labels, values)
 
 
 def test_v3_is_not_hidden_in_v2(tmp_path: Path) -> None:

@@ -24,10 +24,13 @@ from connectomics.errors import (
     MissingError,
     UnknownNameError,
 )
+from connectomics.geometry import VoxelGrid
+from connectomics.io.write import create_multiscale, write_multiscale
 from connectomics.metrics import tables
 from connectomics.metrics.challenge import SubmissionScore, blocks, score_instance, score_submission
 
 VOXEL = (8.0, 8.0, 8.0)
+GRID = VoxelGrid(VOXEL, (4.0, 4.0, 4.0), (12, 13, 14))
 
 
 def write_group(folder: Path, arrays: dict[str, NDArray[Any]], **attrs: Any) -> Path:
@@ -79,18 +82,36 @@ def test_folder_zip_and_wrapped_zip_are_one(truth: Path, submission: Path, tmp_p
     assert plain_numbers(score_submission(tmp_path / "holder", truth)) == expected
 
 
+@pytest.mark.parametrize("crops", ["1", "2"])
+def test_decoded_labels_in_ome_zarr_0_5_are_not_missing(
+    truth: Path, submission: Path, tmp_path: Path, crops: str
+) -> None:
+    source = zarr.open_group(submission, mode="r")
+    for name in [f"crop{crops}/mito", *(["crop1/er"] if crops == "1" else [])]:
+        values = np.asarray(source[name])
+        (array,) = create_multiscale(
+            tmp_path / "out" / f"{crops}.zarr" / name, [GRID], values.dtype, shards=(64, 64, 64),
+            attrs={"connectomics": {"artefact": "labels", "complete": True}},
+        )  # fmt: skip
+        array.write((0, 0, 0), values)
+    expected = plain_numbers(score_submission(submission, truth, crop_names=[crops]))
+    assert plain_numbers(score_submission(tmp_path / "out", truth, crop_names=[crops])) == expected
+
+
+def test_absent_chunks_of_labels_have_the_fill_value(tmp_path: Path) -> None:
+    truth = write_group(tmp_path / "truth.zarr", {"crop1/er": np.ones(GRID.shape, np.uint8)})
+    create_multiscale(tmp_path / "out/a.zarr/crop1/er", [GRID], np.uint8, fill_value=1)
+    assert score_submission(tmp_path / "out", truth).label_scores["er"].tp == np.prod(GRID.shape)
+
+
 def test_a_folder_of_decoded_labels(truth: Path, submission: Path, tmp_path: Path) -> None:
     """``{dataset}.zarr/{crop}/{class}/s0`` is scored as the same labels packed."""
-    from connectomics.geometry import VoxelGrid
-    from connectomics.io.write import write_multiscale
-
-    grid = VoxelGrid(VOXEL, (4.0, 4.0, 4.0), (12, 13, 14))
     source = zarr.open_group(submission, mode="r")
     attrs: dict[str, Any] = {"connectomics": {"artefact": "labels", "complete": True}}
     for name in ("crop1/mito", "crop1/er", "crop2/mito"):
         values = np.asarray(source[name])
         place = tmp_path / "out" / ("a.zarr" if "crop1" in name else "b.zarr") / name
-        write_multiscale(str(place), values, grid, kind="label", attrs=attrs)
+        write_multiscale(str(place), values, GRID, kind="label", attrs=attrs)
     expected = plain_numbers(score_submission(submission, truth))
     assert plain_numbers(score_submission(tmp_path / "out", truth)) == expected
     for change, error, says in (

@@ -14,7 +14,6 @@ from scipy import ndimage
 from connectomics.cli import main
 from connectomics.config import load_config
 from connectomics.config.values import plain
-from connectomics.decoding.affinities.segment import affinities_of
 from connectomics.decoding.parameters import DecodeParameters, decode_parameters
 from connectomics.errors import InputError, MissingError, UnknownNameError, WriteError
 from connectomics.io.artifacts import about
@@ -24,7 +23,7 @@ from connectomics.pipeline.evaluate import evaluate
 from connectomics.pipeline.tune import TunedClass, tune
 from connectomics.pipeline.tune_space import threshold_of
 from tests.cellmap.roots import grid_of, write_label, write_raw
-from tests.decoding.affinity_kit import OFFSETS, write_prediction
+from tests.decoding.affinity_kit import OFFSETS, affinities_of, write_prediction
 from tests.decoding.decode_kit import decode_predictions
 
 SHAPE = (24, 32, 32)

@@ -321,6 +321,24 @@ def test_ids_beyond_32_bits_are_numbered_anew(tmp_path):
     assert [int(array[z, 0, 0]) for z in range(5)] == [2, 0, 1, 0, 3]
 
 
+def test_ids_that_are_the_same_as_floats_stay_two(tmp_path):
+    values = np.zeros(PLAIN.shape, np.int64)
+    values[0], values[2] = 2**53, 2**53 + 1
+    array, _ = export_one(tmp_path, "mito", values, PLAIN, PLAIN)
+    assert [int(array[z, 0, 0]) for z in range(3)] == [1, 0, 2]
+
+
+def test_edited_labels_keep_ids_beyond_their_number(tmp_path):
+    values = np.zeros(PLAIN.shape, np.uint16)
+    values[0], values[2] = 7, 300
+    write(tmp_path / "p", ("one", "crop7", "mito"), values, PLAIN, kind="instance")
+    (tmp_path / "edits.jsonl").write_text('{"op": "delete", "class": "mito", "id": 7}\n')
+    apply_edits(tmp_path / "p", tmp_path / "edits.jsonl", out=tmp_path / "edited")
+    table = CropTable((TableEntry(7, "one", "mito", PLAIN),))
+    export_submission(tmp_path / "edited", tmp_path / "s.zip", crops=table)
+    assert np.unique(opened(tmp_path / "s.zip")["crop7/mito"][:]).tolist() == [0, 300]
+
+
 def test_labels_that_hold_more_than_they_say_are_corrupt(tmp_path):
     values = np.full(PLAIN.shape, 300, np.uint16)
     with pytest.raises(CorruptDataError, match="holds the id 300, expected 0 to 255"):

@@ -173,22 +173,3 @@ def _checked(affinities: ArrayLike, offsets: ArrayLike) -> tuple[NDArray[Any], N
             raise InputError(f"affinities must lie in [0, 1], got {low:.4g} to {high:.4g}; apply the sigmoid first")
         into[:] = np.rint(np.clip(channel.astype(np.float32), 0, 1) * _FINE)
     return fine, steps
-
-
-def affinities_of(ids: NDArray[Any], offsets: ArrayLike) -> NDArray[np.uint8]:
-    """Return the affinities of instance labels; the plain definition.
-
-    Args:
-        ids: (D, H, W), 0 background.
-        offsets: (K, 3) whole voxels, z y x.
-
-    Returns:
-        (K, D, H, W) uint8: 255 where ``ids[p] == ids[p + o] != 0``, else 0, also where p + o is outside.
-    """
-    steps = np.asarray(offsets, np.int64)
-    found = np.zeros((len(steps), *ids.shape), np.uint8)
-    for channel, offset in zip(found, steps, strict=True):
-        here = tuple(slice(max(0, -o), max(0, min(n, n - o))) for o, n in zip(offset, ids.shape, strict=True))
-        there = tuple(slice(max(0, o), max(0, min(n, n + o))) for o, n in zip(offset, ids.shape, strict=True))
-        channel[here] = 255 * ((ids[here] == ids[there]) & (ids[here] != 0))
-    return found

@@ -140,7 +140,7 @@ class Aligned:
         if tuple(length) == tuple(size):
             return block
         out = np.zeros(size, self.dtype.newbyteorder("="))
-        out[tuple(slice(low - b, h - b) for low, h, b in zip(lo, hi, begin, strict=True))] = block
+        out[slices_of(np.subtract(lo, begin), length)] = block
         return out
 
     def _block(self, first: list[int], length: list[int]) -> NDArray[Any]:

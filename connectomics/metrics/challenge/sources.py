@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from connectomics.errors import InputError, MetadataError, MissingError, unknown_name
 from connectomics.geometry import VoxelGrid
 from connectomics.io.artifacts import marks, require_complete
+from connectomics.io.multiscale import Multiscale, PlainArray
+from connectomics.io.store import is_array as is_local_array
 from connectomics.metrics.challenge.align import Readable, Source, source_of
 from connectomics.metrics.challenge.zarr_v2 import FolderStore, Store, ZarrArray, ZipStore, is_array
 
@@ -76,8 +78,6 @@ class PredictionFolder:
         return sorted(p.name for p in self._folders[crop].iterdir() if p.is_dir() and not p.name.startswith("."))
 
     def label(self, crop: str, class_name: str) -> Source:
-        from connectomics.io.multiscale import Multiscale
-
         location = self._folders[crop] / class_name
         image = Multiscale.open(str(location))
         said, grid = require_complete(location, "labels", foreign=True), image.levels[0].grid
@@ -94,17 +94,12 @@ class PredictionFolder:
 Submission = GroupSubmission | PredictionFolder
 
 
-class _FinestLevel:
+class _FinestLevel(PlainArray):
     """The finest level of a multiscale image as a `Readable`."""
 
-    def __init__(self, image: Any, where: str) -> None:
-        self._image, self.where = image, where
-        self.shape: tuple[int, ...] = image.levels[0].grid.shape
-        self.dtype: np.dtype[Any] = image.levels[0].dtype
-
-    def read(self, begin: Any = None, shape: Any = None) -> NDArray[Any]:
-        values, _ = self._image.read_level(0, begin or (0, 0, 0), shape or self.shape)
-        return np.asarray(values)
+    def __init__(self, image: Multiscale, where: str) -> None:
+        super().__init__(image.arrays[0], {})
+        self.where = where
 
 
 def open_submission(location: str | Path) -> Submission:
@@ -115,7 +110,8 @@ def open_submission(location: str | Path) -> Submission:
     if not path.is_dir():
         raise MissingError(f"no submission at {location}; give a .zip file or a folder")
     inner = sorted(p for p in path.glob("*.zarr") if p.is_dir())
-    if any((label / ".zattrs").exists() for p in inner for label in p.glob("*/*") if not (label / ".zarray").exists()):
+    nodes = (label / name for p in inner for label in p.glob("*/*") for name in (".zattrs", "zarr.json"))
+    if not all(is_local_array(node.parent) for node in nodes if node.exists()):
         return PredictionFolder(path)
     if len(inner) == 1 and not (path / ".zgroup").exists():
         path = inner[0]
