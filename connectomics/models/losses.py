@@ -40,8 +40,15 @@ from connectomics.models.masked_loss import ClassLoss, KnownVoxels, LossResult, 
 log = logging.getLogger(__name__)
 
 __all__ = [
-    "LOSSES", "ClassLoss", "KnownVoxels", "LossResult", "MaskedLoss", "build_loss", "downsample", "register_loss",
-]  # fmt: skip
+    "LOSSES",
+    "ClassLoss",
+    "KnownVoxels",
+    "LossResult",
+    "MaskedLoss",
+    "build_loss",
+    "downsample",
+    "register_loss",
+]
 
 NotNegative = Annotated[float, Field(strict=True, ge=0)]
 Positive = Annotated[float, Field(strict=True, gt=0)]
