@@ -47,7 +47,7 @@ def inspect(
     if not file.suffix and len(file.parts) == 1:
         file = tutorial(config)
     check_out(out, overwrite=overwrite)  # before the work
-    composed = load_config(file, overrides or [])
+    composed = load_config(file, overrides)
     with terminal.counted("taking batches") as advance:
         found = inspect_data(composed, batches, advance)
     page = write_page(out, found, overwrite=overwrite)
@@ -229,8 +229,7 @@ def view(
 
     if state is not None:
         require_own(state, has_keys("dimensions", "layers"), "view")
-    chosen = (None if crop is None else tuple(crop), None if class_name is None else tuple(class_name))
-    found = collect_layers(ViewSources(root, predictions, labels, dataset, *chosen, tables, meshes))
+    found = collect_layers(ViewSources(root, predictions, labels, dataset, crop, class_name, tables, meshes))
     if napari:
         from connectomics.pages.view.in_napari import show_in_napari
 

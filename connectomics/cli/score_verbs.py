@@ -154,7 +154,7 @@ def tune(
     from connectomics.pipeline.results import Probabilities
     from connectomics.pipeline.tune import tune as run
 
-    composed, there = load_config(config, overrides or ()), Probabilities.open(predictions).classes
+    composed, there = load_config(config, overrides), Probabilities.open(predictions).classes
     import_plugins(composed.plugins)
     base = decode_parameters(there, composed.decoding.default, composed.decoding.classes)
     seconds = None if minutes is None else 60 * minutes

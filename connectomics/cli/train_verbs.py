@@ -87,13 +87,13 @@ def train(
         from connectomics.models.registry import list_models as models
 
         if config is not None:
-            import_plugins(load_config(config, overrides or []).plugins)
+            import_plugins(load_config(config, overrides).plugins)
         for name, text in models().items():
             print(f"{name:16} {text}")
         return
     if config is None:
         raise typer.BadParameter("give a configuration file (or --list-models)")
-    composed, words = load_config(config, overrides or []), ["train", config, *(overrides or [])]
+    composed, words = load_config(config, overrides), ["train", config, *(overrides or [])]
     with _running(composed, words, checkpoint, run_dir, resume) as (folder, advance):
         from connectomics.pipeline.train import train as run
 
@@ -133,7 +133,7 @@ def pretrain(
     from connectomics.config import load_config
     from connectomics.config.few_labels import pretraining_config
 
-    composed = pretraining_config(load_config(config, overrides or []))
+    composed = pretraining_config(load_config(config, overrides))
     words = ["pretrain", config, *(overrides or [])]
     with _running(composed, words, checkpoint, run_dir, resume) as (folder, advance):
         from connectomics.pipeline.pretrain import pretrain as run

@@ -15,45 +15,48 @@ from connectomics.config.schema import RunConfig
 from connectomics.config.values import flat, read
 from connectomics.errors import ConfigError, MissingError, UnknownNameError, nearest
 
+Overrides = str | Sequence[str] | None
 _PRIMARY = "connectomics_run"
 #: Files of Hydra's own settings: not read, since a composed configuration has none of them, and they take half the time
 _UNUSED = ("output", "launcher", "sweeper", "help", "hydra_help", "hydra_logging", "job_logging", "env")
 
 
-def load_config(path: str | Path | None = None, *overrides: str | Sequence[str]) -> RunConfig:
+def load_config(path: str | Path | None = None, *overrides: Overrides) -> RunConfig:
     """Compose a configuration file (with the files in its ``defaults:`` list) and overrides onto the schema.
 
     Args:
         path: the file; None: the schema's defaults.
-        overrides: ``key=value`` in Hydra's grammar (``a.b=3``, ``a.list=[1,2]``), each as text or in a list. They win
-            over the file, the file over its defaults list, and that over the schema.
+        overrides: ``key=value`` in Hydra's grammar (``a.b=3``, ``a.list=[1,2]``), each as text or in a list; None: none.
+            They win over the file, the file over its defaults list, and that over the schema.
 
     Raises:
         MissingError: the file does not exist.
         ConfigError: a key is unknown (the message names the nearest key), or a value has the wrong type or is out of
             range.
     """
-    given = [text for item in overrides for text in ([item] if isinstance(item, str) else item)]
-    if path is None:  # no Hydra without need: its import takes longer than many a verb
-        return _composed({}, Path(), given) if given else RunConfig()
+    if path is None:
+        return as_config(RunConfig(), *overrides)
     file = Path(path).expanduser()
     _check_file(file)
     # include the file in a primary configuration, so that its own defaults list needs no _self_
-    config = _composed({"defaults": [file.stem, "_self_"]}, file.parent, given, str(file))
+    config = _composed({"defaults": [file.stem, "_self_"]}, file.parent, overrides, str(file))
     if config.name == RunConfig.name:
         config.name = file.stem
     return config
 
 
-def as_config(config: RunConfig | str | Path, *overrides: str | Sequence[str]) -> RunConfig:
+def as_config(config: RunConfig | str | Path, *overrides: Overrides) -> RunConfig:
     """Return `load_config` of a file, or a configuration with overrides."""
     if not isinstance(config, RunConfig):
         return load_config(config, *overrides)
-    given = [text for item in overrides for text in ([item] if isinstance(item, str) else item)]
-    return _composed(asdict(config), Path(), given) if given else config
+    if not any(overrides):  # no Hydra without need: its import takes longer than many a verb
+        return config
+    return _composed(asdict(config), Path(), overrides)
 
 
-def _composed(node: dict[str, Any], folder: Path, given: Sequence[str], where: str = "the configuration") -> RunConfig:
+def _composed(
+    node: dict[str, Any], folder: Path, overrides: Sequence[Overrides], where: str = "the configuration"
+) -> RunConfig:
     """Compose values, or a ``defaults`` list of files in a folder, and overrides onto the schema."""
     from hydra import compose, initialize_config_dir
     from hydra.core.config_store import ConfigStore
@@ -62,6 +65,7 @@ def _composed(node: dict[str, Any], folder: Path, given: Sequence[str], where: s
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    given = [text for item in overrides for text in ([item] if isinstance(item, str) else item or ())]
     defaults = [*node.get("defaults", ["_self_"]), *({f"override hydra/{group}": None} for group in _UNUSED)]
     ConfigStore.instance().store(name=_PRIMARY, node={**node, "defaults": defaults})
     previous = GlobalHydra.instance().hydra

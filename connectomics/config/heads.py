@@ -9,7 +9,7 @@ A head belongs to a class that is annotated with instance ids, from which its tr
     mito/distance        signed distance to the border
     mito/lsd/0           ten local shape descriptors
 
-This module imports neither torch nor numpy, so that checking a configuration and planning a prediction stay fast.
+This module does not import torch, so that checking a configuration and planning a prediction stay fast.
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ from typing import Any
 
 from connectomics.config.schema import HeadConfig, RunConfig
 from connectomics.errors import ConfigError, unknown_name
-
-Index = tuple[int, int, int]
-Triple = tuple[float, float, float]
+from connectomics.geometry import Index, Triple
 
 # local shape descriptors, see `connectomics.models.targets.shape_descriptors`
 LSD_COMPONENTS = (

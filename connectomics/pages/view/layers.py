@@ -76,8 +76,8 @@ class ViewSources:
     predictions: Path | None = None
     labels: Path | None = None
     dataset: str | None = None
-    crops: tuple[str, ...] | None = None
-    classes: tuple[str, ...] | None = None
+    crops: Sequence[str] | None = None
+    classes: Sequence[str] | None = None
     tables: Path | None = None
     meshes: Path | None = None
 
@@ -214,7 +214,7 @@ def _of_root(
     add_raw(found, catalog.raw_location(found.dataset))
     opened = [catalog.crop(found.dataset, name) for name in crops]
     there = {name for crop in opened for name in crop.labels}
-    wanted = sources.classes or (tuple(sorted(predicted & there)) or None)
+    wanted = sources.classes or sorted(predicted & there) or None
     shown = {}
     for crop in opened:
         classes = _chosen("class", wanted, sorted(crop.labels), may_be_missing=len(opened) > 1 or bool(predicted))
