@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from connectomics.cellmap.annotation import Annotation
 from connectomics.cellmap.classes import CLASSES
-from connectomics.errors import InputError, MetadataError, MissingError, unknown_name
+from connectomics.errors import InputError, MetadataError, MissingError, require_known, unknown_name
 from connectomics.geometry import Box, Index, VoxelGrid, triple
 from connectomics.io import store
 from connectomics.io.multiscale import Multiscale
@@ -226,8 +226,7 @@ class Catalog:
 
     def location(self, dataset: str) -> str:
         """Return the location of a data set's Zarr root; `UnknownNameError` with the nearest name if there is none."""
-        if dataset not in self.datasets:
-            raise unknown_name("data set", dataset, self.datasets, self.root)
+        require_known("data set", [dataset], self.datasets, self.root)
         return store.join(self.root, dataset, f"{dataset}.zarr")
 
     def raw_location(self, dataset: str) -> str:
@@ -259,8 +258,7 @@ class Catalog:
         ``raw``: location of the raw if the data set has none itself.
         """
         names = self.crop_names(dataset)
-        if name not in names:
-            raise unknown_name("crop", name, names, f"data set {dataset} of {self.root}")
+        require_known("crop", [name], names, f"data set {dataset} of {self.root}")
         location = store.join(self.location(dataset), GROUND_TRUTH, name)
         found = [
             LabelArray(c, store.join(location, c), self.options) for c in store.list_groups(location, self.options)

@@ -15,7 +15,7 @@ import typer
 from connectomics.cli import options as opt
 from connectomics.cli import terminal
 from connectomics.cli.options import InArgument, InOption, OutOption
-from connectomics.errors import number_of
+from connectomics.errors import number_of, require_known
 
 if TYPE_CHECKING:
     from connectomics.config import RunConfig
@@ -326,11 +326,9 @@ def package(
 
       pytc package outputs/cellmap_mito/version_0 --format bioimageio --license CC-BY-4.0 --author "A. Name"
     """
-    from connectomics.errors import unknown_name
     from connectomics.pipeline.package import write_package
 
-    if file_format not in ("pytc", "bioimageio"):
-        raise unknown_name("format", file_format, ("pytc", "bioimageio"), "--format")
+    require_known("format", [file_format], ("pytc", "bioimageio"), "--format")
     if file_format == "bioimageio":
         from connectomics.pipeline.bioimageio import write_bioimageio
 

@@ -26,8 +26,8 @@ def load_config(path: str | Path | None = None, *overrides: Overrides) -> RunCon
 
     Args:
         path: the file; None: the schema's defaults.
-        overrides: ``key=value`` in Hydra's grammar (``a.b=3``, ``a.list=[1,2]``), each as text or in a list; None: none.
-            They win over the file, the file over its defaults list, and that over the schema.
+        overrides: ``key=value`` in Hydra's grammar (``a.b=3``, ``a.list=[1,2]``), each as text or in a list. They win
+            over the file, the file over its defaults list, and that over the schema.
 
     Raises:
         MissingError: the file does not exist.
@@ -141,12 +141,12 @@ def tutorial(name: str) -> Path:
     raise MissingError(f"no tutorial configuration {name!r}{hint} Known: {', '.join(known)}; or give --config FILE")
 
 
-def check_config(config: RunConfig, where: str = "the configuration") -> None:
+def check_config(config: RunConfig) -> None:
     """Raise `ConfigError` if a value of a configuration is out of range, or its parts contradict each other.
 
     `load_config` does this; a configuration that a program builds or changes is checked before training.
     """
-    _check_parts(read(RunConfig, asdict(config), where, ConfigError), where)
+    _check_parts(read(RunConfig, asdict(config), "the configuration", ConfigError), "the configuration")
 
 
 def _check_parts(config: RunConfig, where: str) -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from connectomics.config.schema import HeadConfig, RunConfig
-from connectomics.errors import ConfigError, unknown_name
+from connectomics.errors import ConfigError, require_known
 from connectomics.geometry import Index, Triple
 
 # local shape descriptors, see `connectomics.models.targets.shape_descriptors`
@@ -131,9 +131,7 @@ def instance_classes(config: RunConfig) -> tuple[str, ...]:
 
     Raises `UnknownNameError` if one of the latter is not one of the trained classes.
     """
-    for name in config.data.gap_nm:
-        if name not in config.dataset.classes:
-            raise unknown_name("class", name, config.dataset.classes, "data.gap_nm (of dataset.classes)")
+    require_known("class", config.data.gap_nm, config.dataset.classes, "data.gap_nm (of dataset.classes)")
     return tuple(dict.fromkeys((*head_classes(config), *config.data.gap_nm)))
 
 
@@ -175,8 +173,7 @@ def default_offsets(voxel_size: Sequence[float]) -> tuple[Index, ...]:
 
 
 def _head(given: HeadConfig, config: RunConfig, where: str) -> Head:
-    if given.class_name not in config.dataset.classes:
-        raise unknown_name("class", given.class_name, config.dataset.classes, f"{where}: dataset.classes")
+    require_known("class", [given.class_name], config.dataset.classes, f"{where}: dataset.classes")
     z, y, x = (float(v) for v in config.dataset.voxel_size)
     affinities = given.kind == "affinities"
     if affinities and given.scale_nm is not None:

@@ -38,7 +38,7 @@ from connectomics.decoding.prediction import StoredHead, find_arrays, open_bound
 from connectomics.decoding.probabilities import above
 from connectomics.decoding.watershed.watershed_task import BLOCK as WATERSHED_BLOCK
 from connectomics.decoding.watershed.watershed_task import WatershedTask
-from connectomics.errors import BlocksFailedError, InputError, MissingError, WriteError, unknown_name
+from connectomics.errors import BlocksFailedError, InputError, MissingError, WriteError, require_known
 from connectomics.io.artifacts import Provenance, is_complete
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.place import output_place, place
@@ -306,9 +306,7 @@ def decode_jobs(
     if not found:
         raise MissingError(f"no predictions in {root}: expected {{dataset}}.zarr/{{crop}}/{{class}}; run predict first")
     known = {name for _, _, name in found}
-    for name in classes or ():
-        if name not in known:
-            raise unknown_name("class", name, known, str(root))
+    require_known("class", classes, known, str(root))
     jobs = []
     for dataset, crop, name in found:
         if classes is not None and name not in classes:

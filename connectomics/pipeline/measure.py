@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from connectomics.errors import MissingError, unknown_name
+from connectomics.errors import MissingError, require_known
 from connectomics.geometry import Index
 from connectomics.io.location import absolute
 from connectomics.io.place import output_place
@@ -121,9 +121,7 @@ def measure_tasks(
     check_format(f"table.{table_format}")
     places = find_labels(root, datasets, crops)
     known = {name for _, _, name in places}
-    for name in [*(classes or ()), *(n for spec in contacts for n in (spec.of, spec.to))]:
-        if name not in known:
-            raise unknown_name("class", name, known, str(root))
+    require_known("class", [*(classes or ()), *(n for spec in contacts for n in (spec.of, spec.to))], known, str(root))
     opened: dict[Place, LabelVolume] = {}
 
     def volumes(some: Sequence[Place]) -> tuple[LabelVolume, ...]:

@@ -15,7 +15,7 @@ from connectomics.data.augmentation import PatchAugmentor, augmentations_of
 from connectomics.data.dataset.dataset_cellmap import CellMapDataset, CellMapMultiClassDataset, Mode, PatchOptions
 from connectomics.data.normalization import of_crops
 from connectomics.data.patch_reader import PatchShape
-from connectomics.errors import unknown_name
+from connectomics.errors import require_known
 from connectomics.geometry import triple
 from connectomics.io.store import StoreOptions
 
@@ -78,8 +78,7 @@ def get_dataset(
     """
     kinds: dict[str, type[CellMapDataset] | type[CellMapMultiClassDataset]]
     kinds = {"cellmap": CellMapMultiClassDataset, "cellmap_single": CellMapDataset}
-    if cfg.dataset.name not in kinds:
-        raise unknown_name("data set kind", cfg.dataset.name, kinds, "dataset.name")
+    require_known("data set kind", [cfg.dataset.name], kinds, "dataset.name")
     options = patch_options(cfg)
     catalog = Catalog.open(cfg.dataset.data_root, StoreOptions(cache_bytes=options.chunk_cache_bytes))
     crops = catalog.crops(cfg.dataset.datasets, cfg.dataset.crops, cfg.dataset.classes)

@@ -45,8 +45,7 @@ class Compared:
                 return empty
 
         config = read(lambda: flat(run_folder.read_config(run) or {}), {})
-        metrics = run / "metrics.csv"
-        columns = read(lambda: run_folder.read_metrics(metrics) if metrics.is_file() else {}, {})
+        columns = read(lambda: run_folder.read_metrics(run), {})
         timing = read(lambda: run_folder.read_timing(run) or {}, {})
         if not (config or columns):
             problems.append(f"{name}: {run} is not a run folder: it has no config.yaml and no metrics.csv.")

@@ -135,7 +135,7 @@ def curves(run: Path | None) -> Markup:
     path = run / "metrics.csv"
     if not path.is_file():
         raise MissingError(f"No training curves: there is no {path}.")
-    columns = run_folder.read_metrics(path)
+    columns = run_folder.read_metrics(run)
     made = [
         _loss_chart(columns),
         _measure_chart(columns, "dice", "Validation Dice, whole crops"),

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from connectomics.cellmap.catalog import Catalog, Crop
 from connectomics.cellmap.crop_table import CropTable
 from connectomics.cellmap.labels import LabelVolume, read_instances, read_labels
-from connectomics.errors import InputError, MissingError, unknown_name
+from connectomics.errors import InputError, MissingError, require_known, unknown_name
 from connectomics.geometry import Box, VoxelGrid
 from connectomics.io import store
 from connectomics.io.metadata import names_levels
@@ -168,9 +168,7 @@ def _named(wanted: Sequence[str] | None, there: Sequence[str]) -> list[str] | No
     if wanted is None:
         return None
     names = [f"crop{name}" if name.isdigit() else name for name in wanted]
-    for name in names:
-        if name not in there:
-            raise unknown_name("crop", name, there)
+    require_known("crop", names, there)
     return names
 
 
@@ -195,8 +193,7 @@ def _data_set(sources: ViewSources, catalog: Catalog | None) -> str:
             raise MissingError(f"nothing at {place}; give a folder that predict or decode wrote")
         of_results |= {n.removesuffix(".zarr") for n in store.list_groups(str(place)) if n.endswith(".zarr")}
     if sources.dataset is not None:
-        if sources.dataset not in of_root | of_results:
-            raise unknown_name("data set", sources.dataset, of_root | of_results)
+        require_known("data set", [sources.dataset], of_root | of_results)
         return sources.dataset
     names = sorted(of_results or of_root)  # of the many data sets of a root, the predicted ones are meant
     if not names:
