@@ -200,7 +200,7 @@ def study(
         print(json.dumps({"folder": str(found.folder), "arms": found.arms, "rows": found.rows}, indent=1))
         return 0 if dry_run else int(bool(found.unfinished))
     if dry_run:
-        rows = [[r["arm"], str(r["seed"]), r["fold"] or "-", r["state"], r["folder"]] for r in found.rows]
+        rows = [[r["arm"], r["seed"], r["fold"] or "-", r["state"], r["folder"]] for r in found.rows]
         terminal.table(["arm", "seed", "fold", "state", "folder"], rows)
         return 0
     first, *others = found.scores
@@ -255,8 +255,8 @@ def runs(
         return
     rows = [
         [
-            str(run.folder), run.state.name, f"{run.started:%Y-%m-%d %H:%M}", str(run.epochs), run.monitor,
-            terminal.number(run.best), str(run.config.get("model", {}).get("architecture", "-")),
+            run.folder, run.state.name, f"{run.started:%Y-%m-%d %H:%M}", run.epochs, run.monitor,
+            terminal.number(run.best), run.config.get("model", {}).get("architecture"),
             ",".join(run.classes)[:30], _code(run),
         ]
         for run in found

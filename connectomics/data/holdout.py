@@ -169,8 +169,7 @@ def slabs(
         InputError: too little is annotated for so many slabs.
     """
     axis, width, profiles = _along_the_longest_axis(crops, classes, gap)
-    faces = np.unique(np.concatenate([p.begin + p.thickness for _, p in profiles])) if profiles else np.zeros(0)
-    below = sum((_volume_below(p, p.known, faces) for _, p in profiles), np.zeros(len(faces)))
+    faces, below = _known_below_faces(profiles)
     whole = reduce(Box.hull, [crop.box for crop in crops])
     wanted = below[-1] * np.arange(1, number) / number if len(faces) else np.zeros(0)
     cuts = [float(faces[int(np.argmin(np.abs(below - volume)))]) for volume in wanted]
@@ -217,9 +216,8 @@ def _profiles(crop: Crop, classes: Sequence[str]) -> list[tuple[str, tuple[_Prof
             sums = [np.zeros((2, n)) for n in grid.shape]
             for begin, block, _, present, known in label.blocks(grid, number):
                 for axis in range(3):
-                    others = other_axes(axis)
                     at = slice(begin[axis], begin[axis] + block.shape[axis])
-                    sums[axis][:, at] += known.sum(others), present.sum(others)
+                    sums[axis][:, at] += known.sum(other_axes(axis)), present.sum(other_axes(axis))
             volume = float(np.prod(grid.voxel_size))
             z, y, x = (
                 _Profile(
@@ -246,8 +244,7 @@ def _best_faces(
 ) -> tuple[float, float] | None:
     """The faces of a gap of ``width`` nm for which the first (or last) side has nearest to ``share`` of what is
     annotated on both; None if no gap leaves something on both sides."""
-    faces = np.unique(np.concatenate([p.begin + p.thickness for _, p in profiles])) if profiles else np.zeros(0)
-    below = sum((_volume_below(p, p.known, faces) for _, p in profiles), np.zeros(len(faces)))
+    faces, below = _known_below_faces(profiles)
     above = sum((p.known.sum() - _volume_below(p, p.known, faces + width) for _, p in profiles), np.zeros(len(faces)))
     both = np.flatnonzero((below > 1e-9) & (above > 1e-9))
     if not len(both):
@@ -255,6 +252,14 @@ def _best_faces(
     held = (below if is_first else above)[both] / (below + above)[both]
     best = float(faces[both[int(np.argmin(np.abs(held - share)))]])
     return best, best + width
+
+
+def _known_below_faces(
+    profiles: Sequence[tuple[str, _Profile]],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The faces of all planes, and the annotated volume below each."""
+    faces = np.unique(np.concatenate([p.begin + p.thickness for _, p in profiles])) if profiles else np.zeros(0)
+    return faces, sum((_volume_below(p, p.known, faces) for _, p in profiles), np.zeros(len(faces)))
 
 
 def _volume_below(profile: _Profile, volumes: NDArray[np.float64], faces: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -186,20 +186,14 @@ def changed(config: RunConfig, changes: Mapping[str, Any], where: str) -> RunCon
 def _arms(study: StudyFile, base: RunConfig, file: Path) -> list[Arm]:
     factors = {name: _levels(name, levels, file) for name, levels in study.factors.items()}
     if study.mode == "grid":
-        chosen = [
-            (" ".join(f"{name}={level}" for name, level in zip(factors, combination, strict=True)) or BASE, combination)
-            for combination in product(*factors.values())
-        ]
-        levels = {name: dict(zip(factors, combination, strict=True)) for name, combination in chosen}
-        merged = [(n, {k: v for f, level in of.items() for k, v in factors[f][level].items()})
-                  for n, of in levels.items()]  # fmt: skip
+        chosen = [dict(zip(factors, combination, strict=True)) for combination in product(*factors.values())]
     else:
-        levels = {}
-        single = [(f"{name}={level}", changes) for name, found in factors.items() for level, changes in found.items()]
-        merged = [(BASE, {}), *single]
+        chosen = [{}, *({name: level} for name, levels in factors.items() for level in levels)]
     arms: dict[str, Arm] = {}
-    for name, changes in merged:
-        arm = Arm(name, changes, changed(base, changes, f"{file}, {name}"), levels.get(name, {}))
+    for levels in chosen:
+        name = " ".join(f"{factor}={level}" for factor, level in levels.items()) or BASE
+        changes = {key: value for factor, level in levels.items() for key, value in factors[factor][level].items()}
+        arm = Arm(name, changes, changed(base, changes, f"{file}, {name}"), levels if study.mode == "grid" else {})
         content = json.dumps(config_to_dict(arm.config), sort_keys=True)
         if content not in arms:
             arms[content] = arm

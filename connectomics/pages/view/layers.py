@@ -125,13 +125,15 @@ def collect_layers(sources: ViewSources) -> Layers:
             raise MissingError(f"{option}: there is no folder {folder}; give one that measure (mesh) wrote")
     catalog = None if sources.data_root is None else Catalog.open(sources.data_root)
     found = Layers(_data_set(sources, catalog))
+    if catalog is not None and found.dataset not in catalog.datasets:  # the results may be of another root
+        catalog = None
     results = {name: _stored(found, name, place, sources) for name, place in places.items() if place is not None}
     of_results = list(dict.fromkeys(item.crop for items in results.values() for item in items))
-    truth = [] if catalog is None or found.dataset not in catalog.datasets else catalog.crop_names(found.dataset)
+    truth = [] if catalog is None else catalog.crop_names(found.dataset)
     tests = {} if sources.data_root is None else _test_boxes(sources.data_root, found.dataset)
     named = _named(sources.crops, [*truth, *of_results, *tests])
     focus: list[Box] = []
-    if catalog is not None and found.dataset in catalog.datasets:
+    if catalog is not None:
         predicted = {item.class_name for items in results.values() for item in items}
         chosen = _first(found, "truth", [name for name in of_results if name in truth], truth, named)
         focus += _of_root(found, catalog, sources, chosen, predicted)
@@ -156,11 +158,7 @@ def _look_at(found: Layers, focus: Sequence[Box], named: Sequence[str] | None) -
 
 
 def _test_boxes(root: str, dataset: str) -> dict[str, Box]:
-    boxes: dict[str, Box] = {}
-    for row in CropTable.of_root(root):
-        if row.dataset == dataset:
-            boxes[row.crop_name] = boxes.get(row.crop_name, row.grid.box).hull(row.grid.box)
-    return boxes
+    return {crop: box for (name, crop), box in CropTable.of_root(root).boxes().items() if name == dataset}
 
 
 def _named(wanted: Sequence[str] | None, there: Sequence[str]) -> list[str] | None:
