@@ -103,6 +103,17 @@ def line_chart(
     )  # fmt: skip
 
 
+def curves(
+    named: Iterable[tuple[str, Iterable[tuple[float, float]]]],
+    title: str,
+    x_label: str,
+    y_range: tuple[float, float] | None = None,
+) -> Markup:
+    """Return a chart of (name, points) each; lines without points are left out."""
+    lines = [line for name, points in named for line in series(name, points)]
+    return line_chart(lines, title, x_label, y_range)
+
+
 def _end_labels(lines: Sequence[dict]) -> list[tuple[float, str, str]]:
     """Return (y, name, kind) of the names at the ends of the lines, moved apart if they would cover each other."""
     placed: list[tuple[float, str, str]] = []

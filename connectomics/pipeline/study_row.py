@@ -177,7 +177,7 @@ def scores_of(row: Row, names: Sequence[str], until: int | None = None) -> dict[
     columns, config = read_metrics(row.folder), row.config.checkpoint
     end = math.inf
     if until is not None:  # the end of the epoch that reached it
-        epochs = (read_timing(row.folder) or {}).get("by_epoch", [])
+        epochs = read_timing(row.folder).get("by_epoch", [])
         end = min((epoch["step"] for epoch in epochs if epoch["step"] >= until), default=math.inf)
     columns = {name: [v for v in values if v[1] < end] for name, values in columns.items()}
     monitored = columns.get(config.monitor, [])

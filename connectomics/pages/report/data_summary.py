@@ -58,7 +58,7 @@ def _seen(run: Path) -> dict[str, Any]:
         for name in class_names(columns, "patches", "data")
         if "/" not in name
     }
-    patches = (read_timing(run) or {}).get("samples")
+    patches = read_timing(run).get("samples")
     split, problem = {}, None
     try:
         found = read_yaml(run / "split.yaml")

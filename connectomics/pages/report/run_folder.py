@@ -36,9 +36,9 @@ def read_yaml(path: Path) -> Any:
         raise MetadataError(f"cannot read {path}: {' '.join(str(error).split())}") from error
 
 
-def read_timing(run: Path) -> dict[str, Any] | None:
-    """Return ``timing.json`` of a run, None if there is none; `MetadataError` if it cannot be read."""
-    return read_json(run / "timing.json")
+def read_timing(run: Path) -> dict[str, Any]:
+    """Return ``timing.json`` of a run, {} if there is none; `MetadataError` if it cannot be read."""
+    return read_json(run / "timing.json") or {}
 
 
 def read_metrics(run: Path) -> Columns:
