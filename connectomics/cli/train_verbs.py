@@ -290,10 +290,7 @@ def _short(value: Any) -> str:
 
 
 def _code(run: Run) -> str:
-    git = run.environment.get("git")
-    if not git:
-        return str(run.environment.get("connectomics", "-"))
-    return git["commit"][:8] + ("+" if git["changed"] else "")
+    return run.commit or str(run.environment.get("connectomics", "-"))
 
 
 def _described(run: Run) -> dict[str, Any]:

@@ -6,14 +6,14 @@ import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import resources
 from pathlib import Path
 
 from connectomics.cellmap.catalog import Catalog
 from connectomics.cellmap.classes import CLASSES, unions_of
-from connectomics.cellmap.crop_table import CropTable, csv_rows
+from connectomics.cellmap.crop_table import CropTable
 from connectomics.cellmap.fetch import PUBLIC
 from connectomics.config import RunConfig
+from connectomics.data.normalization import table as gray_ranges
 from connectomics.errors import InputError
 from connectomics.inference.symmetry import symmetries
 from connectomics.inference.windows import overlap_per_axis
@@ -131,7 +131,8 @@ def plan_challenge(
     absent = tuple(facts.name for facts in data.classes if facts.chord_nm is None)
     notes = _notes(found, unions, costs, absent)
     source = remote if data_root is not None else None
-    if remote is None and set(datasets or Catalog.open(root).datasets) <= public_datasets():
+    # the table has all of the challenge's data sets
+    if remote is None and set(datasets or Catalog.open(root).datasets) <= gray_ranges().keys():
         source = PUBLIC
     planned = {name for item in found for name in (*item.classes, *unions.get(item.name, ()))}
     asked = {row.class_name for row in table}
@@ -266,12 +267,6 @@ def run_book(
         "Makefile", mark=MARK, data=_word(root), crops=_word(crops), plans=plans, notes=notes, classes=classes,
         source=None if source is None else _word(source),
     )  # fmt: skip
-
-
-def public_datasets() -> set[str]:
-    """Return the names of the challenge's data sets."""
-    table = resources.files("connectomics.cellmap").joinpath("tables/intensity_ranges.csv")
-    return {row["dataset"] for _, row in csv_rows(table.read_text(encoding="utf-8"), ["dataset"], "the data sets")}
 
 
 def _word(text: str) -> str:

@@ -64,6 +64,12 @@ class Run:
         """Classes that the network predicts."""
         return list(self.config.get("dataset", {}).get("classes", []))
 
+    @property
+    def commit(self) -> str:
+        """First digits of the code's commit, with + if files had been changed; "" if it is not known."""
+        git = self.environment.get("git")
+        return f"{git['commit'][:8]}{'+' * bool(git['changed'])}" if git else ""
+
     def _kept(self, name: str) -> Path | None:
         path = self.folder / "checkpoints" / name
         return path if path.is_file() else None

@@ -152,10 +152,8 @@ def _evaluate(row: Row) -> None:
 
 
 def _code(folder: Path) -> str:
-    about = open_run(folder).environment
-    git = about.get("git") or {}
-    commit = f" {git['commit'][:8]}{'+' * bool(git['changed'])}" if git else ""
-    return f"{about.get('connectomics', '')}{commit}"
+    run = open_run(folder)
+    return f"{run.environment.get('connectomics', '')} {run.commit}".rstrip()
 
 
 # -- scores ----------------------------------------------------------------------------------------------------------
