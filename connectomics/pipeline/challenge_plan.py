@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -129,7 +129,7 @@ def plan_challenge(
     write_plans(plans, datasets, trial=trial and gpu is None, overwrite=overwrite, progress=progress)
     costs = {item.name: plan_cost(item, table, machine, gpu) for item in found}
     absent = tuple(facts.name for facts in data.classes if facts.chord_nm is None)
-    notes = _notes(found, unions, costs, absent)
+    notes = from_template("plan_notes", plans=found, unions=unions, costs=costs, absent=absent).splitlines()
     source = remote if data_root is not None else None
     # the table has all of the challenge's data sets
     if remote is None and set(datasets or Catalog.open(root).datasets) <= gray_ranges().keys():
@@ -214,24 +214,6 @@ def _share_atoms(plans: Sequence[Plan], data: DataFacts, always: bool) -> dict[s
             plan.choose("inference.groups", follow, "unions of their atoms, which this network predicts")
             found[plan.name] = tuple(follow)
     return found
-
-
-def _notes(
-    plans: Iterable[Plan], unions: Mapping[str, Sequence[str]], costs: Mapping[str, PlanCost], absent: Sequence[str]
-) -> list[str]:
-    """Lines for the top of the run book: what each configuration is for, and what it costs."""
-    lines = []
-    for plan in plans:
-        cost = costs[plan.name]
-        lines.append(f"{plan.name}: {', '.join(plan.classes)}")
-        if unions.get(plan.name):
-            lines.append(f"  as unions of atoms: {', '.join(unions[plan.name])}")
-        if cost.train_hours is not None and cost.predict_hours is not None:
-            lines.append(f"  about {cost.train_hours:.3g} h of training and {cost.predict_hours:.3g} h of prediction")
-        lines.append(f"  {cost.flops / 1e12:.3g} TFLOP per training step; hours from {cost.by}")
-    if absent:
-        lines.append(f"not planned, because they are not present anywhere: {', '.join(absent)}")
-    return lines
 
 
 def gpu_of(memory_gb: float | None, tflops: float | None) -> TargetGpu | None:
