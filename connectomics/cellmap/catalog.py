@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from connectomics.cellmap.annotation import Annotation
 from connectomics.cellmap.classes import CLASSES
-from connectomics.errors import InputError, MetadataError, MissingError, require_known, unknown_name
+from connectomics.errors import InputError, MetadataError, MissingError, require_known
 from connectomics.geometry import Box, Index, VoxelGrid, triple
 from connectomics.io import store
 from connectomics.io.multiscale import Multiscale
@@ -286,17 +286,13 @@ class Catalog:
         """
         chosen = list(datasets) if datasets is not None else self.datasets
         names = dict(zip(chosen, self._each(self.crop_names, chosen), strict=True))
-        for wanted in crops or ():
-            if not any(wanted in there for there in names.values()):
-                known = [n for there in names.values() for n in there]
-                raise unknown_name("crop", wanted, known, f"{', '.join(chosen)} of {self.root}")
+        there = [name for found in names.values() for name in found]
+        require_known("crop", crops, there, f"{', '.join(chosen)} of {self.root}")
         wanted_crops = [(d, n) for d in chosen for n in names[d] if crops is None or n in crops]
         found = [c for c in self._each(lambda pair: self.crop(*pair), wanted_crops) if c.labels]
         if classes is not None:
             labeled = {name for crop in found for name in crop.labels}
-            for name in classes:
-                if name not in CLASSES and name not in labeled:
-                    raise unknown_name("class", name, labeled | set(CLASSES), "the data root and the challenge")
+            require_known("class", classes, labeled | set(CLASSES), "the data root and the challenge")
             found = [c for c in found if any(informs(name, c.labels) for name in classes)]
         if not found:
             what = f"with a label of {', '.join(classes)}" if classes else "with labels"

@@ -109,7 +109,7 @@ def cache(
       pytc cache --dir /scratch/crops --clear --older-than 30
     """
     from connectomics.data.cache import CropCache, default_cache_dir
-    from connectomics.errors import InputError, unknown_name
+    from connectomics.errors import InputError, require_known
 
     if clear and verify:
         raise InputError("--clear and --verify exclude each other; give one of them")
@@ -117,9 +117,8 @@ def cache(
         raise InputError(f"--older-than: expected days, at least 0, got {older_than:g}")
     cached = CropCache(folder.expanduser() if folder is not None else default_cache_dir())
     entries = cached.entries()
-    for name in crop or ():
-        if entries and name not in {entry.crop for entry in entries}:
-            raise unknown_name("crop", name, {entry.crop for entry in entries if entry.crop}, str(cached.folder))
+    if entries:
+        require_known("crop", crop, {entry.crop for entry in entries if entry.crop}, str(cached.folder))
     limit = 0.0 if older_than is None else older_than
     chosen = [e for e in entries if (time.time() - e.used) / 86400 >= limit and (not crop or e.crop in crop)]
     if clear:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from connectomics.config import RunConfig
 from connectomics.config.heads import channel_names
-from connectomics.errors import InputError, MissingError, unknown_name
+from connectomics.errors import InputError, MissingError, require_known
 from connectomics.io.normalization import Normalization
 from connectomics.io.replacing import write_file
 from connectomics.lightning.network import model_options
@@ -132,8 +132,8 @@ def _normalization(config: RunConfig, dataset: str | None) -> Normalization:
     known = config.data.normalization
     if not known:
         return Normalization()
-    if dataset is not None and dataset not in known:
-        raise unknown_name("data set", dataset, known, "the model's normalization")
+    if dataset is not None:
+        require_known("data set", [dataset], known, "the model's normalization")
     found = {name: Normalization.from_dict(entry, name) for name, entry in known.items()}
     if dataset is None and any(one != next(iter(found.values())) for one in found.values()):
         raise InputError(

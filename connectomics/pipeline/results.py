@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from connectomics.cellmap.crop_table import CropTable
-from connectomics.errors import MissingError, first_of, number_of, unknown_name
+from connectomics.errors import MissingError, first_of, number_of, require_known
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.place import place as place_of
 
@@ -40,8 +40,7 @@ def chosen_arrays(
             continue
         there = {item[place] for item in found}
         names = {f"crop{name}" if what == "crop" and f"crop{name}" in there else name for name in wanted}
-        for name in sorted(names - there):
-            raise unknown_name(what, name, there, str(root))
+        require_known(what, sorted(names), there, str(root))
         found = [item for item in found if item[place] in names]
     return found
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from connectomics.cellmap.catalog import Catalog, Crop
 from connectomics.cellmap.crop_table import CropTable
 from connectomics.cellmap.labels import LabelVolume, read_instances, read_labels
-from connectomics.errors import InputError, MissingError, require_known, unknown_name
+from connectomics.errors import InputError, MissingError, require_known
 from connectomics.geometry import Box, VoxelGrid
 from connectomics.io import store
 from connectomics.io.metadata import names_levels
@@ -388,7 +388,6 @@ def _chosen(
     """Return the wanted names that exist, None for all; `UnknownNameError` for one that does not."""
     if wanted is None:
         return list(there)
-    for name in wanted:
-        if name not in there and not may_be_missing:
-            raise unknown_name(what, name, there)
+    if not may_be_missing:
+        require_known(what, wanted, there)
     return [name for name in there if name in wanted]
