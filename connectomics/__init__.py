@@ -58,10 +58,36 @@ _MODULES = {
 }  # fmt: skip
 
 __all__ = [
-    "Box", "Labels", "Probabilities", "Run", "Scores", "VoxelGrid", "__version__", "annotate", "apply_edits",
-    "decode", "evaluate", "export", "fetch", "ingest", "load_config", "load_model", "merge", "open_root", "plan",
-    "predict", "pretrain", "propose", "report", "score", "show", "status", "study", "train", "validate",
-]  # fmt: skip
+    "Box",
+    "Labels",
+    "Probabilities",
+    "Run",
+    "Scores",
+    "VoxelGrid",
+    "__version__",
+    "annotate",
+    "apply_edits",
+    "decode",
+    "evaluate",
+    "export",
+    "fetch",
+    "ingest",
+    "load_config",
+    "load_model",
+    "merge",
+    "open_root",
+    "plan",
+    "predict",
+    "pretrain",
+    "propose",
+    "report",
+    "score",
+    "show",
+    "status",
+    "study",
+    "train",
+    "validate",
+]
 
 
 def __getattr__(name: str) -> Any:

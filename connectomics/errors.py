@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 
 
@@ -109,3 +109,10 @@ def unknown_name(what: str, name: str, known: Iterable[str], where: str = "") ->
     hint = f"; did you mean {close!r}?" if close else "."
     shown = ", ".join(names[:12]) + (f", ... ({len(names)} in all)" if len(names) > 12 else "")
     return UnknownNameError(f"unknown {what} {name!r}{place}{hint} Known: {shown or 'none'}")
+
+
+def require_known(what: str, names: Iterable[str] | None, known: Collection[str], where: str = "") -> None:
+    """Raise `unknown_name` for the first of the names that is not known."""
+    for name in names or ():
+        if name not in known:
+            raise unknown_name(what, name, known, where)

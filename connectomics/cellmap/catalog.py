@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from connectomics.cellmap.annotation import Annotation
 from connectomics.cellmap.classes import CLASSES
-from connectomics.errors import InputError, MetadataError, MissingError, unknown_name
+from connectomics.errors import InputError, MetadataError, MissingError, require_known
 from connectomics.geometry import Box, Index, VoxelGrid, triple
 from connectomics.io import store
 from connectomics.io.multiscale import Multiscale
@@ -226,8 +226,7 @@ class Catalog:
 
     def location(self, dataset: str) -> str:
         """Return the location of a data set's Zarr root; `UnknownNameError` with the nearest name if there is none."""
-        if dataset not in self.datasets:
-            raise unknown_name("data set", dataset, self.datasets, self.root)
+        require_known("data set", [dataset], self.datasets, self.root)
         return store.join(self.root, dataset, f"{dataset}.zarr")
 
     def raw_location(self, dataset: str) -> str:
@@ -259,8 +258,7 @@ class Catalog:
         ``raw``: location of the raw if the data set has none itself.
         """
         names = self.crop_names(dataset)
-        if name not in names:
-            raise unknown_name("crop", name, names, f"data set {dataset} of {self.root}")
+        require_known("crop", [name], names, f"data set {dataset} of {self.root}")
         location = store.join(self.location(dataset), GROUND_TRUTH, name)
         found = [
             LabelArray(c, store.join(location, c), self.options) for c in store.list_groups(location, self.options)
@@ -288,17 +286,13 @@ class Catalog:
         """
         chosen = list(datasets) if datasets is not None else self.datasets
         names = dict(zip(chosen, self._each(self.crop_names, chosen), strict=True))
-        for wanted in crops or ():
-            if not any(wanted in there for there in names.values()):
-                known = [n for there in names.values() for n in there]
-                raise unknown_name("crop", wanted, known, f"{', '.join(chosen)} of {self.root}")
+        there = [name for found in names.values() for name in found]
+        require_known("crop", crops, there, f"{', '.join(chosen)} of {self.root}")
         wanted_crops = [(d, n) for d in chosen for n in names[d] if crops is None or n in crops]
         found = [c for c in self._each(lambda pair: self.crop(*pair), wanted_crops) if c.labels]
         if classes is not None:
             labeled = {name for crop in found for name in crop.labels}
-            for name in classes:
-                if name not in CLASSES and name not in labeled:
-                    raise unknown_name("class", name, labeled | set(CLASSES), "the data root and the challenge")
+            require_known("class", classes, labeled | set(CLASSES), "the data root and the challenge")
             found = [c for c in found if any(informs(name, c.labels) for name in classes)]
         if not found:
             what = f"with a label of {', '.join(classes)}" if classes else "with labels"

@@ -6,13 +6,14 @@ import csv
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from importlib import resources
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from connectomics.errors import InputError, MetadataError, MissingError, unknown_name
-from connectomics.geometry import Triple, VoxelGrid, index, triple
+from connectomics.geometry import Box, Triple, VoxelGrid, index, triple
 from connectomics.io import store
 from connectomics.io.write import write_file
 
@@ -155,6 +156,13 @@ class CropTable:
         for entry in self:
             grouped.setdefault(entry.crop, []).append(entry)
         return grouped
+
+    def boxes(self) -> dict[tuple[str, str], Box]:
+        """Return the box around all rows of each crop, by data set and name of the crop."""
+        return {
+            (rows[0].dataset, rows[0].crop_name): reduce(Box.hull, [row.grid.box for row in rows])
+            for rows in self.crops().values()
+        }
 
 
 def _crop_number(value: Any, where: str) -> int:

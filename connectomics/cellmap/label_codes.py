@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.cellmap.labels import FRACTION_STEPS, LabelVolume, words_for
-from connectomics.errors import InputError, unknown_name
+from connectomics.errors import InputError, require_known
 from connectomics.geometry import VoxelGrid
 
 _WORD = 64
@@ -68,8 +68,7 @@ class LabelStates:
         names = self.classes if classes is None else tuple(classes)
         tables = np.empty((2, len(names), len(self)), bool)
         for channel, name in enumerate(names):
-            if name not in self.classes:
-                raise unknown_name("class", name, self.classes, "these labels")
+            require_known("class", [name], self.classes, "these labels")
             word, bit = divmod(self.classes.index(name), _WORD)
             for table, words in zip(tables, (self.present, self.known), strict=True):
                 table[channel] = (words[:, word] >> np.uint64(bit)) & np.uint64(1)

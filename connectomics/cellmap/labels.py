@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from connectomics.cellmap.catalog import Crop, LabelArray
 from connectomics.cellmap.classes import ATOMIC_CLASSES, CLASSES, atoms_of
-from connectomics.errors import InputError, unknown_name
+from connectomics.errors import InputError, require_known
 from connectomics.geometry import VoxelGrid
 from connectomics.io import resample, s3
 from connectomics.io.store import is_s3
@@ -79,8 +79,7 @@ class LabelVolume:
             )
 
     def _bit(self, words: NDArray[np.uint64], name: str) -> NDArray[np.bool_]:
-        if name not in self.classes:
-            raise unknown_name("class", name, self.classes, "this label volume")
+        require_known("class", [name], self.classes, "this label volume")
         word, bit = divmod(self.classes.index(name), _WORD)
         return ((words[word] >> np.uint64(bit)) & np.uint64(1)).astype(bool)
 
@@ -120,9 +119,7 @@ def read_labels(
     ``classes``.
     """
     names, with_ids = tuple(classes), tuple(instances)
-    for name in with_ids:
-        if name not in names:
-            raise unknown_name("instance class", name, names, "the classes")
+    require_known("instance class", with_ids, names, "the classes")
     present = np.zeros((words_for(len(names)), *grid.shape), np.uint64)
     known = np.zeros_like(present)
     ids = np.zeros((len(with_ids), *grid.shape), np.uint64)
@@ -154,8 +151,7 @@ def read_instances(
     Ids cannot be averaged, so each voxel takes the id at its center (nearest). Raises `UnknownNameError` if the crop
     has no array of the class.
     """
-    if class_name not in crop.labels:
-        raise unknown_name("class", class_name, crop.labels, crop.key)
+    require_known("class", [class_name], crop.labels, crop.key)
     label = crop.labels[class_name]
     values, inside = label.source.read_nearest(grid, level=0)
     present, known = label.annotation.decode(values)

@@ -283,7 +283,7 @@ def propose(
     rows = []
     for p in found:
         scores = [None if value != value else value for value in (p.score, p.uncertainty, p.novelty)]
-        rows.append([str(p.rank), p.key, " ".join(f"{v:.7g}" for v in p.grid.box.begin), *scores])
+        rows.append([p.rank, p.key, " ".join(f"{v:.7g}" for v in p.grid.box.begin), *scores])
     terminal.table(["rank", "crop", "begin nm", "score", "uncertainty", "novelty"], rows)
     for name in ("proposals.csv", "proposals.html", "labels"):
         print(out / name)

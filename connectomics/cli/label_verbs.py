@@ -40,7 +40,7 @@ def decode(
     from connectomics.pipeline.decode import decode as run
     from connectomics.pipeline.decode import decode_estimate
 
-    composed = load_config(config, overrides or ())
+    composed = load_config(config, overrides)
     if dry_run:
         with terminal.stage("trying a block"):
             text, found = decode_estimate(

@@ -47,7 +47,7 @@ def inspect(
     if not file.suffix and len(file.parts) == 1:
         file = tutorial(config)
     check_out(out, overwrite=overwrite)  # before the work
-    composed = load_config(file, overrides or [])
+    composed = load_config(file, overrides)
     with terminal.counted("taking batches") as advance:
         found = inspect_data(composed, batches, advance)
     page = write_page(out, found, overwrite=overwrite)
@@ -109,7 +109,7 @@ def cache(
       pytc cache --dir /scratch/crops --clear --older-than 30
     """
     from connectomics.data.cache import CropCache, default_cache_dir
-    from connectomics.errors import InputError, unknown_name
+    from connectomics.errors import InputError, require_known
 
     if clear and verify:
         raise InputError("--clear and --verify exclude each other; give one of them")
@@ -117,9 +117,8 @@ def cache(
         raise InputError(f"--older-than: expected days, at least 0, got {older_than:g}")
     cached = CropCache(folder.expanduser() if folder is not None else default_cache_dir())
     entries = cached.entries()
-    for name in crop or ():
-        if entries and name not in {entry.crop for entry in entries}:
-            raise unknown_name("crop", name, {entry.crop for entry in entries if entry.crop}, str(cached.folder))
+    if entries:
+        require_known("crop", crop, {entry.crop for entry in entries if entry.crop}, str(cached.folder))
     limit = 0.0 if older_than is None else older_than
     chosen = [e for e in entries if (time.time() - e.used) / 86400 >= limit and (not crop or e.crop in crop)]
     if clear:
@@ -229,8 +228,7 @@ def view(
 
     if state is not None:
         require_own(state, has_keys("dimensions", "layers"), "view")
-    chosen = (None if crop is None else tuple(crop), None if class_name is None else tuple(class_name))
-    found = collect_layers(ViewSources(root, predictions, labels, dataset, *chosen, tables, meshes))
+    found = collect_layers(ViewSources(root, predictions, labels, dataset, crop, class_name, tables, meshes))
     if napari:
         from connectomics.pages.view.in_napari import show_in_napari
 

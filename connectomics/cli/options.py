@@ -96,8 +96,7 @@ def rules_of(config: Path | None, overrides: Sequence[str] | None, given: str | 
     """Return the rules that ``--rules`` names, else ``score.rules`` of a configuration with overrides."""
     from connectomics.config import load_config
 
-    more = [] if given is None else [f"score.rules={given}"]
-    return load_config(config, [*(overrides or []), *more]).score.rules
+    return load_config(config, overrides, None if given is None else f"score.rules={given}").score.rules
 
 
 def engine_config(overrides: Sequence[str] | None) -> EngineConfig:
@@ -108,7 +107,7 @@ def engine_config(overrides: Sequence[str] | None) -> EngineConfig:
     for override in overrides or ():
         if not override.lstrip("+").startswith("engine."):
             raise ConfigError(f"expected engine.key=value, got {override!r}; see --help for the options of this verb")
-    return load_config(None, overrides or ()).engine
+    return load_config(None, overrides).engine
 
 
 def voxel_size_of(text: str) -> tuple[float, float, float]:

@@ -85,9 +85,9 @@ def _print_plans(found: Plans) -> None:
     data, machine = found.data, found.machine
     rows = [
         [
-            facts.name, str(facts.crops), f"{facts.present_um3:.3g}", f"{100 * facts.share:.2g} %",
-            "-" if facts.chord_nm is None else f"{facts.chord_nm:.0f}",
-            "-" if facts.test_nm is None else f"{facts.test_nm:g}",
+            facts.name, facts.crops, f"{facts.present_um3:.3g}", f"{100 * facts.share:.2g} %",
+            None if facts.chord_nm is None else f"{facts.chord_nm:.0f}",
+            None if facts.test_nm is None else f"{facts.test_nm:g}",
         ]
         for facts in data.classes
     ]  # fmt: skip
@@ -112,11 +112,11 @@ def _print_plans(found: Plans) -> None:
 
 
 def _print_challenge(found: ChallengePlan, out: Path) -> None:
-    rows = []
+    rows: list[list[object]] = []
     for name, plan in found.plans.plans.items():
         cost, unions = found.costs[name], found.unions.get(name, ())
         rows.append([
-            name, str(len(plan.classes)), str(len(unions)), f"{cost.flops / 1e12:.3g}",
+            name, len(plan.classes), len(unions), f"{cost.flops / 1e12:.3g}",
             terminal.number(cost.train_hours, 2), terminal.number(cost.predict_hours, 2), cost.by,
         ])  # fmt: skip
     header = ["configuration", "classes", "unions", "TFLOP a step", "train h", "predict h", "hours from"]

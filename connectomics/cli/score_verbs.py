@@ -98,7 +98,7 @@ def _print_rows(title: str, names: Sequence[str], rows: Sequence[Mapping[str, An
         header.insert(header.index("dice") + 1, "95 %")
     cells = []
     for row in rows:
-        line = [str(row[name]) for name in names] + ([str(row["crops"])] if intervals else [])
+        line = [row[name] for name in (*names, *(("crops",) if intervals else ()))]
         for measure in _MEASURES:
             line.append(terminal.number(row.get(measure)))
             if intervals and measure in ("score", "dice"):
@@ -154,7 +154,7 @@ def tune(
     from connectomics.pipeline.results import Probabilities
     from connectomics.pipeline.tune import tune as run
 
-    composed, there = load_config(config, overrides or ()), Probabilities.open(predictions).classes
+    composed, there = load_config(config, overrides), Probabilities.open(predictions).classes
     import_plugins(composed.plugins)
     base = decode_parameters(there, composed.decoding.default, composed.decoding.classes)
     seconds = None if minutes is None else 60 * minutes

@@ -15,7 +15,7 @@ import typer
 from connectomics.cli import options as opt
 from connectomics.cli import terminal
 from connectomics.cli.options import InArgument, InOption, OutOption
-from connectomics.errors import number_of
+from connectomics.errors import number_of, require_known
 
 if TYPE_CHECKING:
     from connectomics.config import RunConfig
@@ -87,13 +87,13 @@ def train(
         from connectomics.models.registry import list_models as models
 
         if config is not None:
-            import_plugins(load_config(config, overrides or []).plugins)
+            import_plugins(load_config(config, overrides).plugins)
         for name, text in models().items():
             print(f"{name:16} {text}")
         return
     if config is None:
         raise typer.BadParameter("give a configuration file (or --list-models)")
-    composed, words = load_config(config, overrides or []), ["train", config, *(overrides or [])]
+    composed, words = load_config(config, overrides), ["train", config, *(overrides or [])]
     with _running(composed, words, checkpoint, run_dir, resume) as (folder, advance):
         from connectomics.pipeline.train import train as run
 
@@ -133,7 +133,7 @@ def pretrain(
     from connectomics.config import load_config
     from connectomics.config.few_labels import pretraining_config
 
-    composed = pretraining_config(load_config(config, overrides or []))
+    composed = pretraining_config(load_config(config, overrides))
     words = ["pretrain", config, *(overrides or [])]
     with _running(composed, words, checkpoint, run_dir, resume) as (folder, advance):
         from connectomics.pipeline.pretrain import pretrain as run
@@ -200,7 +200,7 @@ def study(
         print(json.dumps({"folder": str(found.folder), "arms": found.arms, "rows": found.rows}, indent=1))
         return 0 if dry_run else int(bool(found.unfinished))
     if dry_run:
-        rows = [[r["arm"], str(r["seed"]), r["fold"] or "-", r["state"], r["folder"]] for r in found.rows]
+        rows = [[r["arm"], r["seed"], r["fold"] or "-", r["state"], r["folder"]] for r in found.rows]
         terminal.table(["arm", "seed", "fold", "state", "folder"], rows)
         return 0
     first, *others = found.scores
@@ -255,8 +255,8 @@ def runs(
         return
     rows = [
         [
-            str(run.folder), run.state.name, f"{run.started:%Y-%m-%d %H:%M}", str(run.epochs), run.monitor,
-            terminal.number(run.best), str(run.config.get("model", {}).get("architecture", "-")),
+            run.folder, run.state.name, f"{run.started:%Y-%m-%d %H:%M}", run.epochs, run.monitor,
+            terminal.number(run.best), run.config.get("model", {}).get("architecture"),
             ",".join(run.classes)[:30], _code(run),
         ]
         for run in found
@@ -290,10 +290,7 @@ def _short(value: Any) -> str:
 
 
 def _code(run: Run) -> str:
-    git = run.environment.get("git")
-    if not git:
-        return str(run.environment.get("connectomics", "-"))
-    return git["commit"][:8] + ("+" if git["changed"] else "")
+    return run.commit or str(run.environment.get("connectomics", "-"))
 
 
 def _described(run: Run) -> dict[str, Any]:
@@ -326,11 +323,9 @@ def package(
 
       pytc package outputs/cellmap_mito/version_0 --format bioimageio --license CC-BY-4.0 --author "A. Name"
     """
-    from connectomics.errors import unknown_name
     from connectomics.pipeline.package import write_package
 
-    if file_format not in ("pytc", "bioimageio"):
-        raise unknown_name("format", file_format, ("pytc", "bioimageio"), "--format")
+    require_known("format", [file_format], ("pytc", "bioimageio"), "--format")
     if file_format == "bioimageio":
         from connectomics.pipeline.bioimageio import write_bioimageio
 

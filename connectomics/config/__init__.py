@@ -20,9 +20,18 @@ if TYPE_CHECKING:
     from connectomics.config.schema import EPOCH_PATCHES, RunConfig
 
 __all__ = [
-    "EPOCH_PATCHES", "RunConfig", "as_config", "check_config", "config_from_dict", "config_to_dict", "import_plugins",
-    "known_keys", "load_config", "save_config", "tutorial",
-]  # fmt: skip
+    "EPOCH_PATCHES",
+    "RunConfig",
+    "as_config",
+    "check_config",
+    "config_from_dict",
+    "config_to_dict",
+    "import_plugins",
+    "known_keys",
+    "load_config",
+    "save_config",
+    "tutorial",
+]
 
 
 def __getattr__(name: str) -> Any:

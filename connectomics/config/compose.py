@@ -15,12 +15,13 @@ from connectomics.config.schema import RunConfig
 from connectomics.config.values import flat, read
 from connectomics.errors import ConfigError, MissingError, UnknownNameError, nearest
 
+Overrides = str | Sequence[str] | None
 _PRIMARY = "connectomics_run"
 #: Files of Hydra's own settings: not read, since a composed configuration has none of them, and they take half the time
 _UNUSED = ("output", "launcher", "sweeper", "help", "hydra_help", "hydra_logging", "job_logging", "env")
 
 
-def load_config(path: str | Path | None = None, *overrides: str | Sequence[str]) -> RunConfig:
+def load_config(path: str | Path | None = None, *overrides: Overrides) -> RunConfig:
     """Compose a configuration file (with the files in its ``defaults:`` list) and overrides onto the schema.
 
     Args:
@@ -33,31 +34,29 @@ def load_config(path: str | Path | None = None, *overrides: str | Sequence[str])
         ConfigError: a key is unknown (the message names the nearest key), or a value has the wrong type or is out of
             range.
     """
-    given = _listed(overrides)
-    if path is None:  # no Hydra without need: its import takes longer than many a verb
-        return _composed({}, Path(), given) if given else RunConfig()
+    if path is None:
+        return as_config(RunConfig(), *overrides)
     file = Path(path).expanduser()
     _check_file(file)
     # include the file in a primary configuration, so that its own defaults list needs no _self_
-    config = _composed({"defaults": [file.stem, "_self_"]}, file.parent, given, str(file))
+    config = _composed({"defaults": [file.stem, "_self_"]}, file.parent, overrides, str(file))
     if config.name == RunConfig.name:
         config.name = file.stem
     return config
 
 
-def as_config(config: RunConfig | str | Path, *overrides: str | Sequence[str]) -> RunConfig:
+def as_config(config: RunConfig | str | Path, *overrides: Overrides) -> RunConfig:
     """Return `load_config` of a file, or a configuration with overrides."""
     if not isinstance(config, RunConfig):
         return load_config(config, *overrides)
-    given = _listed(overrides)
-    return _composed(asdict(config), Path(), given) if given else config
+    if not any(overrides):  # no Hydra without need: its import takes longer than many a verb
+        return config
+    return _composed(asdict(config), Path(), overrides)
 
 
-def _listed(overrides: Sequence[str | Sequence[str]]) -> list[str]:
-    return [text for item in overrides for text in ([item] if isinstance(item, str) else item)]
-
-
-def _composed(node: dict[str, Any], folder: Path, given: Sequence[str], where: str = "the configuration") -> RunConfig:
+def _composed(
+    node: dict[str, Any], folder: Path, overrides: Sequence[Overrides], where: str = "the configuration"
+) -> RunConfig:
     """Compose values, or a ``defaults`` list of files in a folder, and overrides onto the schema."""
     from hydra import compose, initialize_config_dir
     from hydra.core.config_store import ConfigStore
@@ -66,6 +65,7 @@ def _composed(node: dict[str, Any], folder: Path, given: Sequence[str], where: s
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    given = [text for item in overrides for text in ([item] if isinstance(item, str) else item or ())]
     defaults = [*node.get("defaults", ["_self_"]), *({f"override hydra/{group}": None} for group in _UNUSED)]
     ConfigStore.instance().store(name=_PRIMARY, node={**node, "defaults": defaults})
     previous = GlobalHydra.instance().hydra
@@ -141,12 +141,12 @@ def tutorial(name: str) -> Path:
     raise MissingError(f"no tutorial configuration {name!r}{hint} Known: {', '.join(known)}; or give --config FILE")
 
 
-def check_config(config: RunConfig, where: str = "the configuration") -> None:
+def check_config(config: RunConfig) -> None:
     """Raise `ConfigError` if a value of a configuration is out of range, or its parts contradict each other.
 
     `load_config` does this; a configuration that a program builds or changes is checked before training.
     """
-    _check_parts(read(RunConfig, asdict(config), where, ConfigError), where)
+    _check_parts(read(RunConfig, asdict(config), "the configuration", ConfigError), "the configuration")
 
 
 def _check_parts(config: RunConfig, where: str) -> None:

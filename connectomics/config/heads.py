@@ -9,7 +9,7 @@ A head belongs to a class that is annotated with instance ids, from which its tr
     mito/distance        signed distance to the border
     mito/lsd/0           ten local shape descriptors
 
-This module imports neither torch nor numpy, so that checking a configuration and planning a prediction stay fast.
+This module does not import torch, so that checking a configuration and planning a prediction stay fast.
 """
 
 from __future__ import annotations
@@ -19,10 +19,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from connectomics.config.schema import HeadConfig, RunConfig
-from connectomics.errors import ConfigError, unknown_name
-
-Index = tuple[int, int, int]
-Triple = tuple[float, float, float]
+from connectomics.errors import ConfigError, require_known
+from connectomics.geometry import Index, Triple
 
 # local shape descriptors, see `connectomics.models.targets.shape_descriptors`
 LSD_COMPONENTS = (
@@ -133,9 +131,7 @@ def instance_classes(config: RunConfig) -> tuple[str, ...]:
 
     Raises `UnknownNameError` if one of the latter is not one of the trained classes.
     """
-    for name in config.data.gap_nm:
-        if name not in config.dataset.classes:
-            raise unknown_name("class", name, config.dataset.classes, "data.gap_nm (of dataset.classes)")
+    require_known("class", config.data.gap_nm, config.dataset.classes, "data.gap_nm (of dataset.classes)")
     return tuple(dict.fromkeys((*head_classes(config), *config.data.gap_nm)))
 
 
@@ -177,8 +173,7 @@ def default_offsets(voxel_size: Sequence[float]) -> tuple[Index, ...]:
 
 
 def _head(given: HeadConfig, config: RunConfig, where: str) -> Head:
-    if given.class_name not in config.dataset.classes:
-        raise unknown_name("class", given.class_name, config.dataset.classes, f"{where}: dataset.classes")
+    require_known("class", [given.class_name], config.dataset.classes, f"{where}: dataset.classes")
     z, y, x = (float(v) for v in config.dataset.voxel_size)
     affinities = given.kind == "affinities"
     if affinities and given.scale_nm is not None:

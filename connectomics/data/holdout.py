@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from connectomics.cellmap.catalog import Crop
 from connectomics.cellmap.classes import arrays_for
 from connectomics.errors import InputError
-from connectomics.geometry import Box, Triple
+from connectomics.geometry import Box, Triple, other_axes
 
 log = logging.getLogger(__name__)
 
@@ -215,9 +215,8 @@ def _profiles(crop: Crop, classes: Sequence[str]) -> list[tuple[str, tuple[_Prof
             sums = [np.zeros((2, n)) for n in grid.shape]
             for begin, block, _, present, known in label.blocks(grid, number):
                 for axis in range(3):
-                    others = tuple(a for a in range(3) if a != axis)
                     at = slice(begin[axis], begin[axis] + block.shape[axis])
-                    sums[axis][:, at] += known.sum(others), present.sum(others)
+                    sums[axis][:, at] += known.sum(other_axes(axis)), present.sum(other_axes(axis))
             volume = float(np.prod(grid.voxel_size))
             z, y, x = (
                 _Profile(

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torch.utils.data._utils import signal_handling
 
 from connectomics.data.sampling import PatchSampler
-from connectomics.errors import ConnectomicsError, unknown_name
+from connectomics.errors import ConnectomicsError, require_known
 from connectomics.tasks.memory import keep_freed_memory
 
 WORKER_STARTS = ("forkserver", "spawn")
@@ -66,8 +66,7 @@ class PatchLoader(DataLoader[Any]):
         """``dataset[request]`` gives the sample of a `PatchRequest` and ``collate(samples)`` a batch: a mapping whose
         values are tensors or small. With workers both must pickle. ``start`` is one of `WORKER_STARTS`.
         """
-        if start not in WORKER_STARTS:
-            raise unknown_name("way to start workers", start, WORKER_STARTS, "data.worker_start")
+        require_known("way to start workers", [start], WORKER_STARTS, "data.worker_start")
         context = None
         if workers:
             context = multiprocessing.get_context(start)

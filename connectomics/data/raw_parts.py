@@ -14,7 +14,7 @@ from connectomics.config import RunConfig
 from connectomics.data.patch_reader import PatchReader
 from connectomics.data.patches import PackedPatch
 from connectomics.data.sampling import PatchRequest
-from connectomics.errors import InputError, MissingError, unknown_name
+from connectomics.errors import InputError, MissingError, require_known
 from connectomics.geometry import Box, Triple
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.store import StoreOptions, is_s3
@@ -55,9 +55,7 @@ def raw_parts(config: RunConfig) -> tuple[list[Crop], list[Crop]]:
     for name, box in map(box_of, config.pretraining.boxes):
         boxes.setdefault(name, []).append(box)
     for what, given in (("pretraining.boxes", boxes), ("dataset.held_out", data.held_out)):
-        for name in given:
-            if name not in names:
-                raise unknown_name("data set", name, names, f"dataset.datasets ({what})")
+        require_known("data set", given, names, f"dataset.datasets ({what})")
     train: list[Crop] = []
     val: list[Crop] = []
     for name in boxes or names:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from connectomics.data.foreground import ObjectPoints
 from connectomics.data.holdout import capped_shares
 from connectomics.data.regions import Regions, region_weights
-from connectomics.errors import ConfigError, InputError, unknown_name
+from connectomics.errors import ConfigError, InputError, require_known
 from connectomics.geometry import Triple, VoxelGrid, triple
 
 T = TypeVar("T")
@@ -140,12 +140,8 @@ def check_sampling(
         UnknownNameError: an unknown strategy or class.
         ConfigError: a weight that is not a number >= 0.
     """
-    for name in sampling:
-        if name not in STRATEGIES:
-            raise unknown_name("strategy", name, STRATEGIES, "data.sampling")
-    for name in class_weights:
-        if name not in classes:
-            raise unknown_name("class", name, classes, "data.class_weights (of dataset.classes)")
+    require_known("strategy", sampling, STRATEGIES, "data.sampling")
+    require_known("class", class_weights, classes, "data.class_weights (of dataset.classes)")
     for key, weights in (("data.sampling", sampling), ("data.class_weights", class_weights)):
         for name, weight in weights.items():
             number = isinstance(weight, int | float) and not isinstance(weight, bool)

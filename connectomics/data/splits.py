@@ -18,7 +18,7 @@ import numpy as np
 from connectomics.cellmap.catalog import Crop
 from connectomics.data.contents import Content
 from connectomics.data.holdout import cut, held_out_groups
-from connectomics.errors import ConfigError, InputError, unknown_name
+from connectomics.errors import ConfigError, InputError, require_known
 from connectomics.geometry import Box, Triple, triple
 from connectomics.io.replacing import write_file
 
@@ -114,8 +114,7 @@ def select_entries(entries: Sequence[str], crops: Sequence[Crop], where: str = "
     found = []
     for entry in entries:
         key, region = parse_entry(entry, where)
-        if key not in by_key:
-            raise unknown_name("crop", key, by_key, where)
+        require_known("crop", [key], by_key, where)
         crop = by_key[key] if region is None else replace(by_key[key], region=region)
         if region is not None and crop.box.is_empty:
             raise ConfigError(f"{where}: the region of {entry} lies outside of the crop, which is {by_key[key].box}")
@@ -254,9 +253,7 @@ def split_by_crop(
 def split_by_dataset(crops: Sequence[Crop], held_out: Sequence[str]) -> Split:
     """Validate on all crops of the data sets ``held_out``; `InputError` if one side would be empty."""
     names = {c.dataset for c in crops}
-    for name in held_out:
-        if name not in names:
-            raise unknown_name("data set", name, names, "the crops of this run")
+    require_known("data set", held_out, names, "the crops of this run")
     train = tuple(entry_of(c) for c in crops if c.dataset not in held_out)
     val = tuple(entry_of(c) for c in crops if c.dataset in held_out)
     if not train or not val:

@@ -19,7 +19,7 @@ from connectomics.data.dataset.dataset_cellmap import CellMapMultiClassDataset, 
 from connectomics.data.patches import PackedPatch, collate
 from connectomics.data.raw_parts import stored_boxes
 from connectomics.data.sampling import PatchRequest, PatchSampler
-from connectomics.errors import unknown_name
+from connectomics.errors import require_known
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.store import StoreOptions
 
@@ -38,8 +38,7 @@ def unlabeled_parts(config: RunConfig, train: Sequence[Crop], val: Sequence[Crop
     chosen = config.training.mean_teacher.datasets
     parts: list[Crop] = []
     for name in list(dict.fromkeys(crop.dataset for crop in train)) if chosen is None else chosen:
-        if name not in catalog.datasets:
-            raise unknown_name("data set", name, catalog.datasets, "training.mean_teacher.datasets")
+        require_known("data set", [name], catalog.datasets, "training.mean_teacher.datasets")
         raw = catalog.raw_location(name)
         excluded = tuple(crop.box for crop in val if crop.dataset == name)
         for number, box in enumerate(stored_boxes(Multiscale.open(raw, catalog.options), config.voxel_size), start=1):

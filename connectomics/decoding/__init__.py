@@ -5,6 +5,12 @@ from connectomics.decoding.decode import decode_class
 from connectomics.decoding.parameters import DecodeParameters, decode_parameters, default_parameters, register_decoder
 
 __all__ = [
-    "DecodeParameters", "decode_class", "decode_parameters", "default_parameters", "fill_holes", "filter_by_size",
-    "register_decoder", "semantic_to_instance",
-]  # fmt: skip
+    "DecodeParameters",
+    "decode_class",
+    "decode_parameters",
+    "default_parameters",
+    "fill_holes",
+    "filter_by_size",
+    "register_decoder",
+    "semantic_to_instance",
+]

@@ -1,5 +1,15 @@
 """Where things are: boxes and voxel grids in nanometers, z y x, float64."""
 
-from connectomics.geometry.grid import Box, Index, Triple, VoxelGrid, index, shape_between, slices_of, triple
+from connectomics.geometry.grid import (
+    Box,
+    Index,
+    Triple,
+    VoxelGrid,
+    index,
+    other_axes,
+    shape_between,
+    slices_of,
+    triple,
+)
 
-__all__ = ["Box", "Index", "Triple", "VoxelGrid", "index", "shape_between", "slices_of", "triple"]
+__all__ = ["Box", "Index", "Triple", "VoxelGrid", "index", "other_axes", "shape_between", "slices_of", "triple"]

@@ -49,6 +49,11 @@ def index(values: Iterable[SupportsInt]) -> Index:
     return z, y, x
 
 
+def other_axes(axis: int) -> tuple[int, int]:
+    """Return the two axes of a slice across ``axis`` (0 to 2), in order."""
+    return (1, 2) if axis == 0 else (0, 3 - axis)
+
+
 def slices_of(begin: Iterable[SupportsInt], shape: Iterable[SupportsInt]) -> tuple[slice, ...]:
     """Return the slices of a block of ``shape`` voxels from voxel ``begin``, of any number of axes."""
     return tuple(slice(int(b), int(b) + int(n)) for b, n in zip(begin, shape, strict=True))

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.errors import InputError, unknown_name
+from connectomics.errors import InputError, require_known
 from connectomics.geometry import Box, Index, Triple, VoxelGrid, triple
 from connectomics.inference import artifact, gaps
 from connectomics.inference.augmented import UNCERTAINTIES, Network, OrientedAverages
@@ -140,8 +140,7 @@ class PredictTask(BlockTask):
         if not self.targets:
             raise InputError(f"nothing to predict for {self.output}: no target grid is given")
         for name, grid in self.targets.items():
-            if name not in self.classes:
-                raise unknown_name("class", name, self.classes, "the network's output")
+            require_known("class", [name], self.classes, "the network's output")
             if grid.size == 0:
                 raise InputError(f"the target grid of {name} for {self.output} is empty ({grid}); leave it out")
         words = {"blending": BLENDINGS, "precision": _PRECISIONS, "dtype": artifact.UNITS, "uncertainty": UNCERTAINTIES}

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from connectomics.errors import InputError, unknown_name
+from connectomics.errors import InputError, require_known
 from connectomics.geometry import Index, index
 
 if TYPE_CHECKING:
@@ -106,8 +106,7 @@ def symmetries(what: str | Sequence[str]) -> tuple[Symmetry, ...]:
     Raises `InputError` for an unknown name, an empty list, and a repeated symmetry.
     """
     if isinstance(what, str):
-        if what not in SYMMETRY_SETS:
-            raise unknown_name("set of symmetries", what, SYMMETRY_SETS, "inference.tta")
+        require_known("set of symmetries", [what], SYMMETRY_SETS, "inference.tta")
         return SYMMETRY_SETS[what]
     chosen = tuple(Symmetry.parse(text) for text in what)
     if not chosen or len(set(chosen)) != len(chosen):

@@ -8,7 +8,7 @@ from connectomics.config import RunConfig
 from connectomics.config.few_labels import is_pretraining
 from connectomics.config.heads import heads_of
 from connectomics.data.volumes import CropVolume
-from connectomics.errors import ConfigError, unknown_name
+from connectomics.errors import ConfigError, require_known
 from connectomics.metrics.challenge.rules import DEFAULT_RULES, get_rules
 
 _BLOCK = (128, 128, 128)
@@ -44,8 +44,7 @@ def check_monitors(config: RunConfig) -> None:
                 f"set that, or {group}.monitor=val/dice"
             )
         names = logged_names(config)
-        if monitor not in names:
-            raise unknown_name("metric", monitor, names, f"{group}.monitor")
+        require_known("metric", [monitor], names, f"{group}.monitor")
 
 
 def check_monitored_classes(config: RunConfig, crops: Iterable[CropVolume | None]) -> None:

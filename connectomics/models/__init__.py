@@ -15,6 +15,12 @@ from connectomics.models.registry import (
 )
 
 __all__ = [
-    "build_model", "check_patch_size", "dropout_options", "fixed_patch_size", "has_deep_supervision", "list_models",
-    "register_model", "required_multiple",
-]  # fmt: skip
+    "build_model",
+    "check_patch_size",
+    "dropout_options",
+    "fixed_patch_size",
+    "has_deep_supervision",
+    "list_models",
+    "register_model",
+    "required_multiple",
+]

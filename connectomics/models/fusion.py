@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from connectomics.errors import InputError, unknown_name
+from connectomics.errors import InputError, require_known
 
 FUSIONS = ("encoder", "channels")
 _FEATURES = 8  # channels that an encoded input adds to the image
@@ -107,8 +107,7 @@ def onto(features: Tensor, shape: Sequence[int], ratio: Sequence[float]) -> Tens
 
 def channels_for(fusion: str, in_channels: int, n_inputs: int) -> int:
     """Return the number of channels that the network itself takes; `UnknownNameError` if ``fusion`` is unknown."""
-    if fusion not in FUSIONS:
-        raise unknown_name("fusion", fusion, FUSIONS, "model.fusion")
+    require_known("fusion", [fusion], FUSIONS, "model.fusion")
     return in_channels + n_inputs * (_FEATURES if fusion == "encoder" else 1)
 
 

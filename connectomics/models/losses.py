@@ -32,7 +32,7 @@ from torch import Tensor
 
 from connectomics.config import RunConfig
 from connectomics.config.values import read
-from connectomics.errors import ConfigError, InputError, unknown_name
+from connectomics.errors import ConfigError, InputError, require_known
 from connectomics.geometry import Triple
 from connectomics.models.boxes import box_maximum, box_steps
 from connectomics.models.masked_loss import ClassLoss, KnownVoxels, LossResult, MaskedLoss, downsample
@@ -40,8 +40,15 @@ from connectomics.models.masked_loss import ClassLoss, KnownVoxels, LossResult, 
 log = logging.getLogger(__name__)
 
 __all__ = [
-    "LOSSES", "ClassLoss", "KnownVoxels", "LossResult", "MaskedLoss", "build_loss", "downsample", "register_loss",
-]  # fmt: skip
+    "LOSSES",
+    "ClassLoss",
+    "KnownVoxels",
+    "LossResult",
+    "MaskedLoss",
+    "build_loss",
+    "downsample",
+    "register_loss",
+]
 
 NotNegative = Annotated[float, Field(strict=True, ge=0)]
 Positive = Annotated[float, Field(strict=True, gt=0)]
@@ -245,12 +252,8 @@ def build_loss(
         raise InputError(f"model.loss_weights has {len(factors)} numbers for {len(names)} losses {list(names)}")
     if not all(math.isfinite(w) and w >= 0 for w in factors) or max(factors) <= 0:
         raise InputError(f"model.loss_weights must be finite, >= 0 and not all 0, got {factors}")
-    for name in names:
-        if name not in LOSSES:
-            raise unknown_name("loss", name, LOSSES, "model.loss_functions")
-    for name in given:
-        if name not in names:
-            raise unknown_name("loss", name, names, "model.loss_options (only losses of model.loss_functions)")
+    require_known("loss", names, LOSSES, "model.loss_functions")
+    require_known("loss", given, names, "model.loss_options (only losses of model.loss_functions)")
     built = {n: read(LOSSES[n], given.get(n) or {}, f"model.loss_options.{n}", InputError) for n in names}
     return MaskedLoss(built, dict(zip(names, factors, strict=True)), voxel_size)
 
@@ -272,9 +275,7 @@ def class_weights(
         UnknownNameError: a mapping has a class that is not one of ``classes``.
     """
     if not isinstance(given, str):
-        for name in given:
-            if name not in classes:
-                raise unknown_name("class", name, classes, "model.class_weights (of dataset.classes)")
+        require_known("class", given, classes, "model.class_weights (of dataset.classes)")
         return {name: float(given.get(name, 1.0)) for name in classes}
     inverse = {name: 1 / present[name] for name in classes if present.get(name, 0) > 0}
     most = cap * min(inverse.values(), default=1.0)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from connectomics.errors import ConnectomicsError, InputError, unknown_name
+from connectomics.errors import ConnectomicsError, InputError, require_known, unknown_name
 from connectomics.models.architectures import ARCHITECTURES, Architecture, Multiple, per_axis
 
 if TYPE_CHECKING:
@@ -76,8 +76,7 @@ def list_models() -> dict[str, str]:
 
 
 def _architecture(name: str) -> Architecture:
-    if name not in ARCHITECTURES:
-        raise unknown_name("model architecture", name, ARCHITECTURES, "model.architecture")
+    require_known("model architecture", [name], ARCHITECTURES, "model.architecture")
     return ARCHITECTURES[name]
 
 

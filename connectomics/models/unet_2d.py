@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from connectomics.errors import InputError, unknown_name
+from connectomics.errors import InputError, require_known
 
 NORMS = ("batch", "instance", "group")
 _GROUP = 8  # channels that share one group of group normalization
@@ -63,8 +63,7 @@ class PlaneUNet(nn.Module):
             raise InputError(f"stem must be at least 1, got {stem}")
         if len(features) < 2:
             raise InputError(f"features must have at least two stages, got {list(features)}")
-        if norm not in NORMS:
-            raise unknown_name("normalization", norm, NORMS, "model.options.norm")
+        require_known("normalization", [norm], NORMS, "model.options.norm")
         self.planes = planes
         self.stem = stem
         self.deep_supervision = deep_supervision

@@ -10,6 +10,14 @@ from connectomics.morphology.mesh_surface import Mesh, mesh_object
 from connectomics.morphology.mesh_task import MeshTask
 
 __all__ = [
-    "ContactSpec", "Contacts", "ContactsTask", "Instances", "MeasureTask", "Mesh", "MeshTask", "measure_contacts",
-    "measure_instances", "mesh_object",
-]  # fmt: skip
+    "ContactSpec",
+    "Contacts",
+    "ContactsTask",
+    "Instances",
+    "MeasureTask",
+    "Mesh",
+    "MeshTask",
+    "measure_contacts",
+    "measure_instances",
+    "mesh_object",
+]

@@ -39,13 +39,13 @@ def series(name: str, points: Iterable[tuple[float, float]], strong: bool = Fals
     return [Series(name, x, y, strong)] if len(x) else []
 
 
-def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
-    """Return round numbers from ``low`` to ``high`` in steps of 1, 2 or 5 x 10^k."""
+def ticks(low: float, high: float) -> list[float]:
+    """Return at most six round numbers from ``low`` to ``high`` in steps of 1, 2 or 5 x 10^k."""
     span = high - low
     if not span > 0 or not math.isfinite(span):
         return [low]
-    power = 10.0 ** math.floor(math.log10(span / wanted))
-    step = next(s * power for s in (1, 2, 5, 10) if span / (s * power) <= wanted)
+    power = 10.0 ** math.floor(math.log10(span / 5))
+    step = next(s * power for s in (1, 2, 5, 10) if span / (s * power) <= 5)
     first = math.ceil(low / step - 1e-9)
     return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
 
@@ -101,6 +101,17 @@ def line_chart(
         diagonal=[(px(v), py(v)) for v in (max(low, left), min(high, right))] if diagonal else [],
         width=WIDTH, height=HEIGHT, left=_LEFT, right=WIDTH - _RIGHT, bottom=HEIGHT - _BOTTOM, top=_TOP,
     )  # fmt: skip
+
+
+def curves(
+    named: Iterable[tuple[str, Iterable[tuple[float, float]]]],
+    title: str,
+    x_label: str,
+    y_range: tuple[float, float] | None = None,
+) -> Markup:
+    """Return a chart of (name, points) each; lines without points are left out."""
+    lines = [line for name, points in named for line in series(name, points)]
+    return line_chart(lines, title, x_label, y_range)
 
 
 def _end_labels(lines: Sequence[dict]) -> list[tuple[float, str, str]]:

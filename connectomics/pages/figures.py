@@ -14,12 +14,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from connectomics.errors import InputError
+from connectomics.geometry import other_axes
 from connectomics.pages import colors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Picture = NDArray[np.uint8]
+_GAP = 4  # white pixels between pictures side by side
 
 
 # -- gray values -------------------------------------------------------------------------------------------------------
@@ -135,11 +137,11 @@ def overlay(picture: NDArray[Any], layer: NDArray[np.uint8], opacity: float = 1.
 
 
 # -- scale -------------------------------------------------------------------------------------------------------------
-def scale_bar_length(extent: float, share: float = 0.3) -> float:
-    """Return the largest of 1, 2, 5 x 10^k nm that is at most ``share`` of ``extent`` (nm)."""
+def scale_bar_length(extent: float) -> float:
+    """Return the largest of 1, 2, 5 x 10^k nm that is at most 30 % of ``extent`` (nm)."""
     if not extent > 0:
         raise InputError(f"expected a positive extent in nm for a scale bar, got {extent}")
-    most = extent * share
+    most = 0.3 * extent
     power = 10.0 ** np.floor(np.log10(most))
     return float(next(step * power for step in (5.0, 2.0, 1.0) if step * power <= most * (1 + 1e-9)))
 
@@ -200,10 +202,10 @@ def resize(picture: NDArray[Any], shape: tuple[int, int], how: Literal["linear",
     return np.asarray(image.resize((shape[1], shape[0]), Image.Resampling.BILINEAR, reducing_gap=2.0))
 
 
-def side_by_side(pictures: Sequence[NDArray[Any]], gap: int = 4) -> Picture:
+def side_by_side(pictures: Sequence[NDArray[Any]]) -> Picture:
     """Return pictures of one height in a row with white gaps between them, RGB."""
-    padded = [np.pad(to_rgb(p), ((0, 0), (0, gap), (0, 0)), constant_values=255) for p in pictures]
-    return np.concatenate(padded, axis=1)[:, :-gap]
+    padded = [np.pad(to_rgb(p), ((0, 0), (0, _GAP), (0, 0)), constant_values=255) for p in pictures]
+    return np.concatenate(padded, axis=1)[:, :-_GAP]
 
 
 def overlay_figure(
@@ -268,7 +270,7 @@ def overlay_picture(
     scale = longest / max(n * size for n, size in zip(volume.shape, voxel_size, strict=True))  # pixels per nm
     pictures = []
     for axis, name in enumerate(("xy", "xz", "yz")):
-        rows, columns = (a for a in range(3) if a != axis)
+        rows, columns = other_axes(axis)
         height, width = (max(1, round(volume.shape[a] * voxel_size[a] * scale)) for a in (rows, columns))
         picture: Picture = resize(to_gray(slices[axis], limits), (height, width), "linear")
         mask = None if sure is None else resize(sure.take(position[axis], axis), (height, width), "nearest")
@@ -286,7 +288,7 @@ def overlay_picture(
 def _middle(labels: NDArray[np.bool_] | tuple[int, ...]) -> list[int]:
     """Return the median position of foreground along each axis, or the middle of a shape."""
     if not isinstance(labels, tuple) and labels.any():
-        counts = (np.cumsum(labels.sum(axis=tuple(a for a in range(3) if a != axis))) for axis in range(3))
+        counts = (np.cumsum(labels.sum(axis=other_axes(axis))) for axis in range(3))
         return [int(np.searchsorted(count, count[-1] / 2)) for count in counts]
     return [n // 2 for n in (labels if isinstance(labels, tuple) else labels.shape)]
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
@@ -20,6 +21,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from connectomics import __version__
+from connectomics.errors import ConnectomicsError
 from connectomics.pages import colors, figures
 
 #: Marks a page as ours; only such a page may be replaced.
@@ -139,6 +141,15 @@ def render(template: str, **values: Any) -> Markup:
 def note(*messages: str) -> Markup:
     """Return a line for each message: something is missing or could not be read."""
     return Markup("").join(Markup('<p class="note">{}</p>').format(message) for message in messages)
+
+
+@contextmanager
+def noting(problems: list[str], what: str) -> Iterator[None]:
+    """Add a line to ``problems`` instead of raising a `ConnectomicsError`: ``{what}: {error}``."""
+    try:
+        yield
+    except ConnectomicsError as error:
+        problems.append(f"{what}: {error}")
 
 
 def data_uri(picture: NDArray[np.uint8], quality: int = 85) -> str:

@@ -12,19 +12,21 @@ from numpy.typing import NDArray
 from connectomics.io.replacing import write_file
 from connectomics.pages import colors, figures, page
 
+_LONGEST = 360  # pixels of the longest side of a section
+
 
 def section_picture(
-    raw: NDArray[np.float32], labels: Mapping[str, NDArray[Any]], voxel_size: Sequence[float], longest: int = 360
+    raw: NDArray[np.float32], labels: Mapping[str, NDArray[Any]], voxel_size: Sequence[float]
 ) -> figures.Picture:
     """Return the middle section of a box, raw and raw with labels side by side, RGB.
 
     Args:
         raw: (D, H, W). labels: (D, H, W) of each class, 0 background; a class has the color of `color_of` its number.
-        voxel_size: nm, z y x. longest: pixels of the longest side.
+        voxel_size: nm, z y x.
     """
     middle = raw.shape[0] // 2
     height, width = (n * size for n, size in zip(raw.shape[1:], voxel_size[1:], strict=True))
-    scale = longest / max(height, width)
+    scale = _LONGEST / max(height, width)
     shape = max(1, round(height * scale)), max(1, round(width * scale))
     gray = figures.resize(figures.to_gray(raw[middle]), shape, "linear")
     shown = gray

@@ -58,9 +58,9 @@ def _curves(curves: Curves) -> Markup:
     made = []
     for name, arms in curves.items():
         means = {arm: _mean(list(rows.values())) for arm, rows in arms.items()}
-        made.append(_chart(means, f"{name}, mean of each arm"))
+        made.append(charts.curves(means.items(), f"{name}, mean of each arm", "step"))
     name, arms = next(iter(curves.items()))
-    made += [_chart(rows, f"{arm}: {name}") for arm, rows in arms.items()]
+    made += [charts.curves(rows.items(), f"{arm}: {name}", "step") for arm, rows in arms.items()]
     charts_made = [chart for chart in made if chart]
     if not charts_made:
         return page.note("No row has been validated yet.")
@@ -72,8 +72,3 @@ def _mean(rows: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, fl
     there = [dict(points) for points in rows if points]
     steps = sorted(set.intersection(*map(set, there))) if there else []
     return [(step, float(np.mean([points[step] for points in there]))) for step in steps]
-
-
-def _chart(curves: Mapping[str, Sequence[tuple[float, float]]], title: str) -> Markup:
-    points = {name: np.asarray(values, float) for name, values in curves.items() if values}
-    return charts.line_chart([charts.Series(name, p[:, 0], p[:, 1]) for name, p in points.items()], title, "step")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from connectomics.cellmap.classes import CLASSES, get_class
-from connectomics.errors import InputError, unknown_name
+from connectomics.errors import InputError, require_known
 from connectomics.geometry import VoxelGrid
 
 #: Extent of each data set (nm), number of training crops and of test crops of each data set.
@@ -40,8 +40,7 @@ class PhantomOptions:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        if self.preset not in PRESETS:
-            raise unknown_name("phantom preset", self.preset, PRESETS)
+        require_known("phantom preset", [self.preset], PRESETS)
         size = f"size_nm ({self.extent:g} nm)"
         for ok, rule, found in (
             (self.seed >= 0, "seed must be 0 or more", self.seed),
@@ -54,8 +53,7 @@ class PhantomOptions:
                 raise InputError(f"a phantom's {rule}, got {found:g}")
         for name in self.class_names:
             get_class(name)
-            if name not in PHANTOM_CLASSES:
-                raise unknown_name("phantom class", name, PHANTOM_CLASSES)
+            require_known("phantom class", [name], PHANTOM_CLASSES)
 
     @property
     def extent(self) -> float:

@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 
 from connectomics.config import RunConfig
 from connectomics.config.heads import channel_names
-from connectomics.errors import InputError, MissingError, unknown_name
+from connectomics.errors import InputError, MissingError, require_known
 from connectomics.io.normalization import Normalization
 from connectomics.io.replacing import write_file
 from connectomics.lightning.network import model_options
 from connectomics.models.registry import required_multiple
+from connectomics.pipeline.file_templates import from_template
 from connectomics.pipeline.package import checkpoint_of, target_of, test_images
 from connectomics.pipeline.runs import Run
 
@@ -94,7 +95,12 @@ def write_bioimageio(
         np.save(place / "probabilities.npy", result)
         for number, values in enumerate(raw):
             np.save(place / f"{_input(number)}.npy", values)
-        (place / "README.md").write_text(_readme(config, name, description, normalization), encoding="utf-8")
+        low, high = normalization.range
+        about = from_template(
+            "bioimageio.md", name=name, description=description, low=low, high=high,
+            classes=config.dataset.classes, voxel_size=config.dataset.voxel_size,
+        )  # fmt: skip
+        (place / "README.md").write_text(about, encoding="utf-8")
         said = {
             "name": re.sub(r"[^\w\- ()+]", "-", name if len(name) > 4 else f"{name} network")[:128],
             "description": description or f"Segments {', '.join(config.dataset.classes)} in volume electron microscopy",
@@ -126,8 +132,8 @@ def _normalization(config: RunConfig, dataset: str | None) -> Normalization:
     known = config.data.normalization
     if not known:
         return Normalization()
-    if dataset is not None and dataset not in known:
-        raise unknown_name("data set", dataset, known, "the model's normalization")
+    if dataset is not None:
+        require_known("data set", [dataset], known, "the model's normalization")
     found = {name: Normalization.from_dict(entry, name) for name, entry in known.items()}
     if dataset is None and any(one != next(iter(found.values())) for one in found.values()):
         raise InputError(
@@ -284,14 +290,3 @@ def _described(
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if not str(part).startswith("function"))
         raise InputError(f"bioimage.io does not allow this description: {where}: {first['msg']}") from error
-
-
-def _readme(config: RunConfig, name: str, description: str, normalization: Normalization) -> str:
-    classes, size = ", ".join(config.dataset.classes), " x ".join(f"{v:g}" for v in config.dataset.voxel_size)
-    low, high = normalization.range
-    return (
-        f"# {name}\n\n{description or 'A network for volume electron microscopy.'}\n\n"
-        f"Input: raw at {size} nm (z, y, x), whose gray values from {low:g} to {high:g} hold the tissue. "
-        f"Output: probabilities of {classes}.\n\n"
-        "## Validation\n\nThe test output was computed by the network that was trained; the weights reproduce it.\n"
-    )

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import resources
 from pathlib import Path
 
 from connectomics.cellmap.catalog import Catalog
 from connectomics.cellmap.classes import CLASSES, unions_of
-from connectomics.cellmap.crop_table import CropTable, csv_rows
+from connectomics.cellmap.crop_table import CropTable
 from connectomics.cellmap.fetch import PUBLIC
 from connectomics.config import RunConfig
+from connectomics.data.normalization import table as gray_ranges
 from connectomics.errors import InputError
-from connectomics.geometry import Box
 from connectomics.inference.symmetry import symmetries
 from connectomics.inference.windows import overlap_per_axis
 from connectomics.io import store
@@ -24,9 +22,7 @@ from connectomics.io.replacing import contains, require_own
 from connectomics.io.write import write_file
 from connectomics.pipeline.data_facts import DataFacts, data_facts
 from connectomics.pipeline.file_templates import from_template
-from connectomics.pipeline.plan import MARK as PLAN_MARK
-from connectomics.pipeline.plan import MachineFacts, Plan, Plans, hours, machine_facts, propose
-from connectomics.pipeline.trial_step import try_step
+from connectomics.pipeline.plan import MachineFacts, Plan, Plans, hours, machine_facts, propose, write_plans
 from connectomics.progress import Progress, silent
 
 #: Operations of a training step per forward pass: the backward pass takes twice as many.
@@ -128,27 +124,20 @@ def plan_challenge(
     unions = _share_atoms(found, data, from_atoms)
     found = [item for item in found if item.classes]
     files = {item.name: folder / f"{item.name}.yaml" for item in found}
-    for file, mark in {**dict.fromkeys(files.values(), PLAN_MARK), folder / "Makefile": MARK}.items():
-        require_own(file, contains(mark), "plan", overwrite=overwrite)
-    costs = {}
-    for number, item in enumerate(found):
-        if datasets:
-            item.choose("dataset.datasets", list(datasets), "as given")
-        if trial and gpu is None:
-            progress(number, len(found), f"trying a step of {item.name}")
-            try_step(item, machine)
-        costs[item.name] = plan_cost(item, table, machine, gpu)
-        write_file(files[item.name], item.to_yaml().encode())
+    plans = Plans(data, machine, {item.name: item for item in found}, files)
+    require_own(folder / "Makefile", contains(MARK), "plan", overwrite=overwrite)
+    write_plans(plans, datasets, trial=trial and gpu is None, overwrite=overwrite, progress=progress)
+    costs = {item.name: plan_cost(item, table, machine, gpu) for item in found}
     absent = tuple(facts.name for facts in data.classes if facts.chord_nm is None)
-    notes = _notes(found, unions, costs, absent)
+    notes = from_template("plan_notes", plans=found, unions=unions, costs=costs, absent=absent).splitlines()
     source = remote if data_root is not None else None
-    if remote is None and set(datasets or Catalog.open(root).datasets) <= public_datasets():
+    # the table has all of the challenge's data sets
+    if remote is None and set(datasets or Catalog.open(root).datasets) <= gray_ranges().keys():
         source = PUBLIC
     planned = {name for item in found for name in (*item.classes, *unions.get(item.name, ()))}
     asked = {row.class_name for row in table}
     part = () if asked <= planned else sorted(asked & planned)
     write_file(folder / "Makefile", run_book(place, table_name, list(files), notes, source, part).encode())
-    plans = Plans(data, machine, {item.name: item for item in found}, files)
     return ChallengePlan(plans, folder / "Makefile", unions, costs, absent)
 
 
@@ -188,9 +177,8 @@ def _predict_hours(config: RunConfig, table: CropTable, seconds: float) -> float
     overlap = overlap_per_axis(config.inference.overlap)
     stride = [max(1.0, n * (1 - share)) * s for n, share, s in zip(window, overlap, size, strict=True)]
     windows = 0
-    for rows in table.crops().values():
-        extent = functools.reduce(Box.hull, [row.grid.box for row in rows]).extent
-        windows += math.prod(math.ceil(e / step) for e, step in zip(extent, stride, strict=True))
+    for box in table.boxes().values():
+        windows += math.prod(math.ceil(e / step) for e, step in zip(box.extent, stride, strict=True))
     passes = windows * len(symmetries(config.inference.tta)) * math.prod(window) / math.prod(config.data.patch_size)
     return passes * seconds / _PASSES / 3600
 
@@ -228,24 +216,6 @@ def _share_atoms(plans: Sequence[Plan], data: DataFacts, always: bool) -> dict[s
     return found
 
 
-def _notes(
-    plans: Iterable[Plan], unions: Mapping[str, Sequence[str]], costs: Mapping[str, PlanCost], absent: Sequence[str]
-) -> list[str]:
-    """Lines for the top of the run book: what each configuration is for, and what it costs."""
-    lines = []
-    for plan in plans:
-        cost = costs[plan.name]
-        lines.append(f"{plan.name}: {', '.join(plan.classes)}")
-        if unions.get(plan.name):
-            lines.append(f"  as unions of atoms: {', '.join(unions[plan.name])}")
-        if cost.train_hours is not None and cost.predict_hours is not None:
-            lines.append(f"  about {cost.train_hours:.3g} h of training and {cost.predict_hours:.3g} h of prediction")
-        lines.append(f"  {cost.flops / 1e12:.3g} TFLOP per training step; hours from {cost.by}")
-    if absent:
-        lines.append(f"not planned, because they are not present anywhere: {', '.join(absent)}")
-    return lines
-
-
 def gpu_of(memory_gb: float | None, tflops: float | None) -> TargetGpu | None:
     """Return the GPU of ``--gpu-memory`` and ``--gpu-tflops``; raise `InputError` if only one is given."""
     if memory_gb is None and tflops is None:
@@ -279,12 +249,6 @@ def run_book(
         "Makefile", mark=MARK, data=_word(root), crops=_word(crops), plans=plans, notes=notes, classes=classes,
         source=None if source is None else _word(source),
     )  # fmt: skip
-
-
-def public_datasets() -> set[str]:
-    """Return the names of the challenge's data sets."""
-    table = resources.files("connectomics.cellmap").joinpath("tables/intensity_ranges.csv")
-    return {row["dataset"] for _, row in csv_rows(table.read_text(encoding="utf-8"), ["dataset"], "the data sets")}
 
 
 def _word(text: str) -> str:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from connectomics.config import RunConfig, as_config, import_plugins
 from connectomics.config.output import wants_pyramid
-from connectomics.config.schema import EngineConfig
+from connectomics.config.schema import DecodingConfig, EngineConfig
 from connectomics.decoding.affinities.affinity_task import AffinitiesTask
 from connectomics.decoding.blocks.labels_task import LabelsTask, MaskTask, objects_of
 from connectomics.decoding.blocks.pieces import Pieces
@@ -34,18 +34,18 @@ from connectomics.decoding.label_artifact import (
     write_whole,
 )
 from connectomics.decoding.parameters import AFFINITY_METHODS, DecodeParameters, decode_parameters, default_parameters
-from connectomics.decoding.prediction import StoredHead, find_arrays, open_boundary, open_prediction, read_on
+from connectomics.decoding.prediction import StoredHead, open_boundary, open_prediction, read_on
 from connectomics.decoding.probabilities import above
 from connectomics.decoding.watershed.watershed_task import BLOCK as WATERSHED_BLOCK
 from connectomics.decoding.watershed.watershed_task import WatershedTask
-from connectomics.errors import BlocksFailedError, InputError, MissingError, WriteError, unknown_name
+from connectomics.errors import BlocksFailedError, InputError, MissingError, WriteError
 from connectomics.io.artifacts import Provenance, is_complete
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.place import output_place, place
 from connectomics.io.sharded import Storage
 from connectomics.io.write import update_attrs
 from connectomics.morphology.block_sums import compact
-from connectomics.pipeline.results import Labels, Probabilities
+from connectomics.pipeline.results import Labels, Probabilities, chosen_arrays
 from connectomics.progress import Progress, named, silent
 from connectomics.tasks import open_engine, run_task
 from connectomics.tasks.block_task import TASK_FILE, starts_over
@@ -57,9 +57,6 @@ if TYPE_CHECKING:
     from connectomics.tasks.estimate import Estimate
 
 log = logging.getLogger(__name__)
-
-#: Arrays of more voxels are decoded block by block: 512^3 then takes a fifth of the memory and no more time.
-BLOCKWISE_ABOVE = 256**3
 
 
 def decode(
@@ -93,7 +90,7 @@ def decode(
     import_plugins(chosen.plugins)
     jobs = _jobs_of(source, out, chosen, classes)
     done = do_jobs(jobs, chosen.engine, overwrite=overwrite, resume=resume, progress=progress or silent)
-    return Labels(output_place(out), chosen, source.crops, tuple(place(item.location) for item in done))
+    return Labels(output_place(out), chosen, source.crops, tuple(item.job.location for item in done))
 
 
 def decode_estimate(
@@ -122,14 +119,11 @@ def decode_estimate(
 
 @dataclass(frozen=True)
 class DecodedArray:
-    """One label array: its location, number of objects (a mask: 0 or 1), and whether it existed already."""
+    """The labels of a job: their number of objects (a mask: 0 or 1), and whether they existed already."""
 
-    dataset: str
-    crop: str
-    class_name: str
-    location: str
+    job: DecodeJob
     objects: int
-    skipped: bool
+    skipped: bool = False
 
 
 def do_jobs(
@@ -170,13 +164,13 @@ def do_jobs(
                 workers = workers or stack.enter_context(open_engine(engine))
                 try:
                     run_task(job.task, workers, named(progress, job.name), overwrite=replaces)
-                    result = job.decoded(objects_of(job.task))
+                    result = DecodedArray(job, objects_of(job.task))
                 except BlocksFailedError as error:  # the other arrays can still be decoded
                     failed.append(str(error))
             if result is not None:
                 remove_rest(job.location)
                 results.append(result)
-                _warn(job, result)
+                _warn(result)
             if done == len(jobs) or jobs[done].location.parent != job.location.parent:
                 complete = all(is_complete(job.location.parent / name) for name in job.siblings)
                 update_attrs(job.location.parent, {"connectomics": {"artefact": "labels", "complete": complete}})
@@ -236,10 +230,6 @@ class DecodeJob:
         """Role -> identity of what is decoded."""
         return inputs_of(self.source.location, self.parameters)
 
-    def decoded(self, objects: int, skipped: bool = False) -> DecodedArray:
-        """Return the result, with its number of objects."""
-        return DecodedArray(self.dataset, self.crop, self.class_name, str(self.location), objects, skipped)
-
     def replaces(self, *, overwrite: bool, resume: bool) -> bool:
         """Return whether to overwrite what exists; with ``resume`` too, only the labels of another decoding."""
         return starts_over(self.finished, overwrite=overwrite, resume=resume)
@@ -262,7 +252,7 @@ class DecodeJob:
             self.task.check()
         if there is None or not has_tables(self.location, self.parameters.kind, self.table):
             return None
-        return self.decoded(int(there["objects"]), True)
+        return DecodedArray(self, int(there["objects"]), True)
 
 
 def _jobs_of(
@@ -282,7 +272,7 @@ def decode_jobs(
     parameters: Mapping[str, DecodeParameters] | None = None,
     *,
     classes: Collection[str] | None = None,
-    blockwise_above: int = BLOCKWISE_ABOVE,
+    blockwise_above: int = DecodingConfig.blockwise_above,
     table: str = "csv",
     storage: Storage = Storage(),  # noqa: B008 (frozen)
     pyramid: bool | str = "auto",
@@ -302,17 +292,11 @@ def decode_jobs(
     root, out = place(predictions_dir), output_place(output_dir)
     if root.resolve() == out.resolve():
         raise InputError(f"cannot write labels into the predictions folder {root}; choose another output folder")
-    found = list(find_arrays(root))
+    found = chosen_arrays(root)
     if not found:
         raise MissingError(f"no predictions in {root}: expected {{dataset}}.zarr/{{crop}}/{{class}}; run predict first")
-    known = {name for _, _, name in found}
-    for name in classes or ():
-        if name not in known:
-            raise unknown_name("class", name, known, str(root))
     jobs = []
-    for dataset, crop, name in found:
-        if classes is not None and name not in classes:
-            continue
+    for dataset, crop, name in chosen_arrays(root, classes=classes):
         source = open_prediction(root, dataset, crop, name)
         chosen = (parameters or {}).get(name) or default_parameters(name)
         boundary = open_boundary(source, chosen)
@@ -362,7 +346,7 @@ def _decode_whole(job: DecodeJob) -> DecodedArray:
         if parameters.kind == "instance":
             found = Pieces.measured(labels, objects, (0, 0, 0), labels.shape)
             write_tables(place(writers[0].location).parent, found, grid, job.table)
-    return job.decoded(objects)
+    return DecodedArray(job, objects)
 
 
 def _labels_of(job: DecodeJob) -> NDArray[Any]:
@@ -377,9 +361,10 @@ def _labels_of(job: DecodeJob) -> NDArray[Any]:
     return decode_class(values, grid.voxel_size, parameters, boundary=walls, head=head)
 
 
-def _warn(job: DecodeJob, result: DecodedArray) -> None:
+def _warn(result: DecodedArray) -> None:
+    job = result.job
     wanted = pyramid_grids(job.source.levels[0].grid, job.pyramid)
-    if result.skipped and len(Multiscale.open(result.location).levels) < len(wanted):
+    if result.skipped and len(Multiscale.open(job.location).levels) < len(wanted):
         log.warning("%s: these labels have no coarser levels; to add them, decode again with --overwrite", job.name)
     if job.unknown and not result.skipped:
         share = unknown_share({**job.unknown, "grid": job.source.levels[0].grid.to_dict()})

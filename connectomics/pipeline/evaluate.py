@@ -71,21 +71,21 @@ def evaluate(
     rows, left_out, unknown, made_from = list[LabelEvaluation](), list[str](), dict[str, float](), dict[str, str]()
     trained = list[tuple[str, bool]]()
     for done, (dataset, crop, name) in enumerate(found, start=1):
-        row, about = None, dict[str, Any]()
+        key, row, about = f"{dataset}/{crop}/{name}", None, dict[str, Any]()
         if dataset in catalog.datasets and crop in catalog.crop_names(dataset):
             location = folder / f"{dataset}.zarr" / crop / name
             about = require_complete(location, "labels")
             row = _compare(Multiscale.open(location), catalog.crop(dataset, crop), name, rules)
-            if row is not None and (share := unknown_share(about)):
-                unknown[f"{dataset}/{crop}/{name}"] = share
         if row is None:
-            left_out.append(f"{dataset}/{crop}/{name}")
+            left_out.append(key)
         else:
             rows.append(row)
             trained.append((f"{dataset}/{crop}", trained_on(about)))
-            made_from[f"{dataset}/{crop}/{name}"] = str(about.get("id", ""))
+            made_from[key] = str(about.get("id", ""))
+            if share := unknown_share(about):
+                unknown[key] = share
         if progress is not None:
-            progress(done, len(found), f"{dataset}/{crop}/{name}")
+            progress(done, len(found), key)
     if not rows:
         raise MissingError(
             f"none of the labels in {folder} is of an annotated crop of {catalog.root}; nothing to compare"

@@ -6,17 +6,15 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import reduce
 from pathlib import Path
 
 from connectomics.cellmap.catalog import Catalog, Crop
-from connectomics.cellmap.crop_table import CropTable
 from connectomics.cellmap.fetch import PUBLIC, Missing, open_source, plan_fetch, resolve_table, transfer
 from connectomics.config import RunConfig, as_config
 from connectomics.data.dataset.build import patch_options, run_dataset
 from connectomics.data.dataset.dataset_cellmap import Mode
 from connectomics.errors import InputError
-from connectomics.geometry import Box, Triple, VoxelGrid
+from connectomics.geometry import Triple, VoxelGrid
 from connectomics.io.store import StoreOptions
 from connectomics.progress import Progress, Shown, showing
 
@@ -49,14 +47,6 @@ def needs_of_config(config: RunConfig, catalog: Catalog) -> Needs:
         for volume in run_dataset(config, crops, mode, options).all_volumes:
             found.add(volume.crop.raw, volume.cached_raw_grid)
     return found
-
-
-def boxes_of_table(catalog: Catalog, table: CropTable) -> list[tuple[str, Box]]:
-    """Return (raw group, box in nm) for every crop of a table of crops without labels."""
-    return [
-        (catalog.raw_location(rows[0].dataset), reduce(Box.hull, [row.grid.box for row in rows]))
-        for rows in table.crops().values()
-    ]
 
 
 def fetch(
@@ -118,7 +108,7 @@ def fetch(
     with show("listing objects") as advance:
         catalog = open_source(source or PUBLIC, options)
         table = None if crop_table is None else resolve_table(crop_table, None if dry_run else place)
-        boxes = [] if table is None else boxes_of_table(catalog, table)
+        boxes = [] if table is None else [(dataset, box) for (dataset, _), box in table.boxes().items()]
         if config is not None:
             composed = as_config(config)
             needs, sizes = needs_of_config(composed, catalog), [composed.voxel_size]
@@ -126,10 +116,10 @@ def fetch(
         else:
             wanted = catalog.crops(datasets, crops, classes) if labels or datasets or crops or table is None else []
             needs, sizes = Needs(wanted), list(voxel_sizes or [(8.0, 8.0, 8.0)])
-            boxes = [(crop.raw, crop.box) for crop in wanted] + boxes
-        for location, box in boxes:
+            boxes = [(crop.dataset, crop.box) for crop in wanted] + boxes
+        for dataset, box in boxes:
             for size in sizes:
-                needs.add(location, VoxelGrid.covering(box.grow(context_nm), size))
+                needs.add(catalog.raw_location(dataset), VoxelGrid.covering(box.grow(context_nm), size))
         plan = plan_fetch(catalog.root, needs.crops if labels else [], classes, needs.raw, options, advance)
         missing = Missing.below(place, plan)
     if planned is not None:

@@ -16,6 +16,6 @@ def _environment() -> Any:
     )  # fmt: skip
 
 
-def from_template(name: str, **values: Any) -> str:
+def from_template(name: str, /, **values: Any) -> str:
     """Return the text of ``templates/{name}.j2``."""
     return str(_environment().get_template(f"{name}.j2").render(values))

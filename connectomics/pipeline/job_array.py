@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from connectomics.errors import EngineError, InputError, unknown_name
+from connectomics.errors import EngineError, InputError, require_known
 from connectomics.io.replacing import contains, require_own, write_file
 from connectomics.pipeline.file_templates import from_template
 
@@ -35,8 +35,7 @@ def array_script(
     Raises:
         InputError, UnknownNameError: the command, the queue, the number of jobs or the time do not fit.
     """
-    if queue not in _QUEUES:
-        raise unknown_name("queue", queue, _QUEUES)
+    require_known("queue", [queue], _QUEUES)
     if not words or words[0] not in VERBS:
         raise InputError(f"expected a command of {', '.join(VERBS)} after --, got {shlex.join(words) or 'nothing'}")
     limit = re.fullmatch(r"(\d{1,4}):(\d\d)", time)

@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from connectomics.errors import MissingError, unknown_name
-from connectomics.geometry import Index
+from connectomics.errors import MissingError, require_known
+from connectomics.geometry import Index, index
 from connectomics.io.location import absolute
 from connectomics.io.place import output_place
 from connectomics.io.place import place as place_of
@@ -121,23 +122,14 @@ def measure_tasks(
     check_format(f"table.{table_format}")
     places = find_labels(root, datasets, crops)
     known = {name for _, _, name in places}
-    for name in [*(classes or ()), *(n for spec in contacts for n in (spec.of, spec.to))]:
-        if name not in known:
-            raise unknown_name("class", name, known, str(root))
-    opened: dict[Place, LabelVolume] = {}
-
-    def volumes(some: Sequence[Place]) -> tuple[LabelVolume, ...]:
-        for place in some:
-            opened[place] = opened.get(place) or open_labels(root, place)
-        return tuple(opened[place] for place in some)
-
-    z, y, x = (int(n) for n in block)
+    require_known("class", [*(classes or ()), *(n for spec in contacts for n in (spec.of, spec.to))], known, str(root))
+    opened, shape = cache(partial(open_labels, root)), index(block)
     tasks: list[TableTask] = [
         MeasureTask(
             class_name=name,
-            inputs=volumes([place for place in places if place[2] == name]),
+            inputs=tuple(opened(place) for place in places if place[2] == name),
             output=str(out / f"{name}.{table_format}"),
-            block_shape=(z, y, x),
+            block_shape=shape,
         )
         for name in sorted(known)
         if not classes or name in classes
@@ -146,16 +138,16 @@ def measure_tasks(
         both = [place for place in places if place[2] == spec.of and (*place[:2], spec.to) in places]
         if not both:
             raise MissingError(f"contact {spec}: no crop in {root} holds both classes")
-        inputs = volumes(both)
+        inputs = tuple(map(opened, both))
         tasks.append(
             ContactsTask(
                 of=spec.of,
                 to=spec.to,
                 nm=float(spec.nm),
                 inputs=inputs,
-                others=volumes([(*place[:2], spec.to) for place in both]),
+                others=tuple(opened((*place[:2], spec.to)) for place in both),
                 output=str(out / f"contacts_{spec.of}_{spec.to}_{spec.nm:g}nm.{table_format}"),
-                block_shape=_contact_block((z, y, x), inputs, spec.nm),
+                block_shape=_contact_block(shape, inputs, spec.nm),
             )
         )
     return tasks
@@ -170,5 +162,5 @@ def open_labels(root: Path, place: Place) -> LabelVolume:
 def _contact_block(block: Index, inputs: Sequence[LabelVolume], nm: float) -> Index:
     """Halve the block where its halo would be wider than a quarter of it: then 3.4 times as much is read at most."""
     halos = [halo_of(labels.grid, nm).tolist() for labels in inputs]
-    z, y, x = (b // 2 if b > 64 and 4 * max(h) > b else b for b, h in zip(block, zip(*halos, strict=True), strict=True))
-    return z, y, x
+    widest = [max(along) for along in zip(*halos, strict=True)]
+    return index(b // 2 if b > 64 and 4 * h > b else b for b, h in zip(block, widest, strict=True))

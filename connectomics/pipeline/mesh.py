@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from connectomics.decoding.label_artifact import TABLE_FILE as INSTANCE_TABLE
-from connectomics.errors import InputError, UnknownNameError, unknown_name
+from connectomics.errors import InputError, UnknownNameError, require_known
 from connectomics.io import s3
 from connectomics.io.location import absolute
 from connectomics.io.place import S3Path, output_place, remove_tree
@@ -114,9 +114,8 @@ def mesh_tasks(
     """
     root, out = place_of(labels_dir), place_of(absolute(output_place(output_dir)))
     places = find_labels(root, datasets, crops)
+    require_known("class", [class_name], {name for _, _, name in places}, str(root))
     chosen = [place for place in places if place[2] == class_name]
-    if not chosen:
-        raise unknown_name("class", class_name, {name for _, _, name in places}, str(root))
     if ids and len(chosen) > 1:
         raise InputError(
             f"IDs need a single crop, but {class_name} is in {len(chosen)}; choose one (--dataset, --crop)"

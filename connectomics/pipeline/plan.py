@@ -147,18 +147,25 @@ def plan(
     folder = Path(out)
     data, machine = data_facts(root, list(classes), datasets, progress), machine_facts(folder)
     place = root if is_s3(root) else str(Path(root).expanduser().resolve())
-    found = propose(data, machine, place, minutes=minutes)
-    files = {item.name: folder / f"{item.name}.yaml" for item in found}
-    for file in files.values():
+    found = {item.name: item for item in propose(data, machine, place, minutes=minutes)}
+    plans = Plans(data, machine, found, {name: folder / f"{name}.yaml" for name in found})
+    write_plans(plans, datasets, trial=trial, overwrite=overwrite, progress=progress)
+    return plans
+
+
+def write_plans(
+    plans: Plans, datasets: Sequence[str] | None, *, trial: bool, overwrite: bool, progress: Progress
+) -> None:
+    """Try a step of each plan if asked, and write its file; the arguments are those of `plan`."""
+    for file in plans.files.values():
         require_own(file, contains(MARK), "plan", overwrite=overwrite)
-    for number, item in enumerate(found):
+    for number, item in enumerate(plans.plans.values()):
         if datasets:
             item.choose("dataset.datasets", list(datasets), "as given")
         if trial:
-            progress(number, len(found), f"trying a step of {item.name}")
-            try_step(item, machine)
-        write_file(files[item.name], item.to_yaml().encode())
-    return Plans(data, machine, {item.name: item for item in found}, files)
+            progress(number, len(plans.plans), f"trying a step of {item.name}")
+            try_step(item, plans.machine)
+        write_file(plans.files[item.name], item.to_yaml().encode())
 
 
 def machine_facts(folder: Path) -> MachineFacts:
@@ -177,21 +184,17 @@ def propose(data: DataFacts, machine: MachineFacts, root: str, *, minutes: float
     """Return one plan per voxel size that classes need, coarsest first; raise `InputError` if no class is present."""
     if minutes is not None and not 0 < minutes < math.inf:
         raise InputError(f"the minutes of a training must be positive, got {minutes}")
-    groups: dict[tuple[float, int], list[tuple[ClassFacts, str]]] = {}
+    groups: dict[float, list[tuple[ClassFacts, str]]] = {}
+    stems: dict[float, int] = {}
     for facts in data.classes:
         if facts.chord_nm is not None:
             size, stem, why = _voxel_size(facts, data, planes=machine.gpu is None)
-            groups.setdefault((size, stem), []).append((facts, why))
+            groups.setdefault(size, []).append((facts, why))
+            stems[size] = min(stem, stems.get(size, stem))  # the finest structure decides the first stage
     if not groups:
         raise InputError("no crop contains any of the classes: there is nothing to learn; see `pytc describe`")
-    by_size: dict[float, list[tuple[ClassFacts, str]]] = {}
-    stems: dict[float, int] = {}
-    for (size, stem), group in groups.items():  # the finest structure of a voxel size decides the first stage
-        by_size.setdefault(size, []).extend(group)
-        stems[size] = min(stem, stems.get(size, stem))
     return [
-        _plan(size, stems[size], group, data, machine, root, minutes)
-        for size, group in sorted(by_size.items(), reverse=True)
+        _plan(size, stems[size], groups[size], data, machine, root, minutes) for size in sorted(groups, reverse=True)
     ]
 
 

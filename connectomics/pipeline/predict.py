@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +36,7 @@ from connectomics.pipeline.results import Probabilities
 from connectomics.pipeline.runs import Run
 from connectomics.pipeline.targets import Target, chosen_targets, grids_of, mask_of, normalizations_of, with_trained
 from connectomics.progress import Progress, named, silent
-from connectomics.tasks import TASK_FILE, Engine, open_engine, run_task
+from connectomics.tasks import TASK_FILE, open_engine, run_task
 from connectomics.tasks.engines import Here
 from connectomics.tasks.failures import Accepted, accepted_of
 
@@ -156,42 +156,28 @@ def predict_cellmap_crops(
     blocks = accept_failed if isinstance(accept_failed, Mapping) else {"": accept_failed} if accept_failed else {}
     accepted = {task.output: numbers for task, numbers in zip(tasks, accepted_of(tasks, blocks), strict=True)}
     replaced = [task.starts_over(overwrite=overwrite, resume=resume) for task in tasks]
-    todo = [task for task, again in zip(tasks, replaced, strict=True) if task.check(overwrite=again)]
-    run = partial(_run_all, overwrite=overwrite, resume=resume, progress=progress or silent, accepted=accepted)
-    with open_engine(config.engine, place) as engine:
-        if not isinstance(engine, Here):
-            if model is not None:
-                raise InputError(
-                    "a model that is given in memory can only predict in this process: give its checkpoint instead, or "
-                    "set engine.name=local engine.workers=1 without limits"
-                )
-            del networks  # every worker loads its own
-            run(todo, engine)
-        elif todo:
-            with ready(list(networks.values()), todo[0], place) as runs:
-                run([given(task, runs) for task in todo], engine)
-    return [task.folder for task in tasks]
-
-
-def _run_all(
-    tasks: Sequence[PredictTask],
-    engine: Engine,
-    *,
-    overwrite: bool,
-    resume: bool,
-    progress: Progress,
-    accepted: Mapping[str, Collection[int]],
-) -> None:
-    """Run tasks one after the other; failed blocks of one do not stop the others."""
+    todo: list[PredictTask] = [task for task, again in zip(tasks, replaced, strict=True) if task.check(overwrite=again)]
     failed = []
-    for task in tasks:
-        advance = named(progress, task.name)
-        try:
-            run_task(task, engine, advance, overwrite=overwrite, resume=resume, accept=accepted[task.output])
-        except BlocksFailedError as error:
-            failed.append(str(error))
+    with ExitStack() as stack:
+        engine = stack.enter_context(open_engine(config.engine, place))
+        if isinstance(engine, Here) and todo:
+            runs = stack.enter_context(ready(list(networks.values()), todo[0], place))
+            todo = [given(task, runs) for task in todo]
+        elif not isinstance(engine, Here) and model is not None:
+            raise InputError(
+                "a model that is given in memory can only predict in this process: give its checkpoint instead, or "
+                "set engine.name=local engine.workers=1 without limits"
+            )
+        del networks  # every other worker loads its own
+        for task in todo:
+            advance = named(progress or silent, task.name)
+            try:
+                run_task(task, engine, advance, overwrite=overwrite, resume=resume, accept=accepted[task.output])
+            except BlocksFailedError as error:  # the other targets can still be predicted
+                failed.append(str(error))
     if failed:
         raise BlocksFailedError("; ".join(failed))
+    return [task.folder for task in tasks]
 
 
 def _given_network(model: TrainedNetwork, config: RunConfig, paths: Sequence[str | Path]) -> dict[str, TrainedNetwork]:
@@ -207,10 +193,8 @@ def chosen_device(config: RunConfig, name: str | None) -> str:
 
     Raises `InputError` if this machine does not have the device; with Dask the workers may have it.
     """
-    if config.engine.name == "dask" and name is not None:
-        return name
     if name is not None:
-        return known_device(name)
+        return name if config.engine.name == "dask" else known_device(name)
     import torch
 
     return "cuda" if config.system.accelerator != "cpu" and torch.cuda.is_available() else "cpu"

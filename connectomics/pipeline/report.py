@@ -95,5 +95,4 @@ def named_sources(*, runs: Sequence[Path], scores: Sequence[Path], **paths: Path
     others = tuple(
         OtherRun(run, scores[number] if number < len(scores) else None) for number, run in enumerate(runs) if number
     )
-    first = {"run": runs[0] if runs else None, "scores": scores[0] if scores else None, "others": others}
-    return {**given, **{name: value for name, value in first.items() if value}}
+    return {**given, "run": next(iter(runs), None), "scores": next(iter(scores), None), "others": others}

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,16 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from connectomics.cellmap.crop_table import CropTable
-from connectomics.errors import MissingError, first_of, number_of, unknown_name
+from connectomics.errors import MissingError, first_of, number_of, require_known
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.place import place as place_of
 
 if TYPE_CHECKING:
     from connectomics.config import RunConfig
     from connectomics.metrics.challenge.results import SubmissionScore
-
-#: Rows that a table in a notebook shows.
-_ROWS = 20
 
 #: Data set, crop and class of an array.
 Place = tuple[str, str, str]
@@ -44,8 +40,7 @@ def chosen_arrays(
             continue
         there = {item[place] for item in found}
         names = {f"crop{name}" if what == "crop" and f"crop{name}" in there else name for name in wanted}
-        for name in sorted(names - there):
-            raise unknown_name(what, name, there, str(root))
+        require_known(what, sorted(names), there, str(root))
         found = [item for item in found if item[place] in names]
     return found
 
@@ -125,10 +120,9 @@ class ArrayFolder:
         return f"{type(self).__name__}({str(self.folder)!r}: {held}, classes {first_of(self.classes, 6)})"
 
     def _repr_html_(self) -> str:
-        rows = [f"{d}/{c}: {n}" for d, c, n in self.arrays]
-        more = f"<li>... {len(rows) - _ROWS} more</li>" if len(rows) > _ROWS else ""
-        items = "".join(f"<li>{html.escape(row)}</li>" for row in rows[:_ROWS])
-        return f"<p>{type(self).__name__} in <code>{html.escape(str(self.folder))}</code></p><ul>{items}{more}</ul>"
+        from connectomics.pages import page
+
+        return page.render("notebook/arrays", kind=type(self).__name__, folder=self.folder, arrays=self.arrays)
 
 
 class Probabilities(ArrayFolder):
@@ -181,18 +175,7 @@ class Scores(Mapping[str, Any]):
         return f"Scores(overall {overall}, {number_of(len(self.classes), 'class')}{where})"
 
     def _repr_html_(self) -> str:
+        from connectomics.pages import page
+
         names = sorted({key for row in self.classes.values() for key, v in row.items() if isinstance(v, int | float)})
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in ("class", *names))
-        body = "".join(
-            f"<tr><td>{html.escape(name)}</td>"
-            + "".join(f"<td>{_number(row.get(key))}</td>" for key in names)
-            + "</tr>"
-            for name, row in self.classes.items()
-        )
-        return f"<p>{html.escape(repr(self))}</p><table><tr>{head}</tr>{body}</table>"
-
-
-def _number(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4f}" if isinstance(value, float) else html.escape(str(value))
+        return page.render("notebook/scores", title=repr(self), names=names, classes=self.classes)

@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from connectomics.errors import MissingError, unknown_name
+from connectomics.errors import MissingError, require_known
 from connectomics.progress import Progress, named, silent
 from connectomics.tasks import BlockTask, run_task
 from connectomics.tasks.block_task import TASK_FILE, fields_of, read_task
@@ -39,8 +39,7 @@ def load_task(path: Path) -> BlockTask:
     """
     data = read_task(path)
     kind = data["kind"]
-    if kind not in TASK_KINDS:
-        raise unknown_name("kind of task", kind, TASK_KINDS, str(path))
+    require_known("kind of task", [kind], TASK_KINDS, str(path))
     module, _, name = TASK_KINDS[kind].partition(":")
     task: BlockTask = getattr(import_module(module), name).from_dict(fields_of(data), str(path))
     return task

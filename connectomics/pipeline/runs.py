@@ -64,6 +64,12 @@ class Run:
         """Classes that the network predicts."""
         return list(self.config.get("dataset", {}).get("classes", []))
 
+    @property
+    def commit(self) -> str:
+        """First digits of the code's commit, with + if files had been changed; "" if it is not known."""
+        git = self.environment.get("git")
+        return f"{git['commit'][:8]}{'+' * bool(git['changed'])}" if git else ""
+
     def _kept(self, name: str) -> Path | None:
         path = self.folder / "checkpoints" / name
         return path if path.is_file() else None
@@ -95,11 +101,12 @@ def open_run(folder: str | Path) -> Run:
     about = config.get("checkpoint", {})
     monitor, mode = str(about.get("monitor", "val/dice")), about.get("mode", "max")
     values = [float(row[monitor]) for row in rows if row.get(monitor)]
+    last = {k: float(v) for row in rows for k, v in row.items() if k not in ("epoch", "step") and v}
     epochs, steps = ([int(float(row[name])) for row in rows if row.get(name)] for name in ("epoch", "step"))
     return Run(
         folder=place, config=config, epochs=max(epochs, default=-1) + 1, steps=max(steps, default=-1) + 1,
         started=datetime.fromtimestamp(file.stat().st_mtime, UTC), monitor=monitor,
-        best=(max if mode == "max" else min)(values, default=None), metrics=last_values(place / "metrics.csv"),
+        best=(max if mode == "max" else min)(values, default=None), metrics=last,
         environment=next(reversed(starts_of(place)), {}), state=state_of(place),
     )  # fmt: skip
 
@@ -112,14 +119,6 @@ def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
     keys = dict.fromkeys(key for config in configs for key in config)
     rows = {key: [config.get(key) for config in configs] for key in keys}
     return {key: values for key, values in rows.items() if any(value != values[0] for value in values)}
-
-
-def last_values(table: Path) -> dict[str, float]:
-    """Return the last value of every metric in a run's ``metrics.csv``; {} if there is no file."""
-    values: dict[str, float] = {}
-    for row in metric_rows(table):
-        values |= {k: float(v) for k, v in row.items() if k not in ("epoch", "step") and v}
-    return values
 
 
 def best_values(run: Run) -> dict[str, float]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from connectomics.cellmap.catalog import Crop
 from connectomics.cellmap.labels import read_labels
-from connectomics.errors import InputError, unknown_name
+from connectomics.errors import InputError, require_known, unknown_name
 from connectomics.pipeline.results import ArrayFolder
 
 if TYPE_CHECKING:
@@ -47,8 +47,7 @@ def show(
         if not names:
             raise InputError(f"{crop.key} has no labeled class; give labels=")
         name = class_name or names[0]
-        if name not in crop.labels:
-            raise unknown_name("class", name, names, crop.key)
+        require_known("class", [name], names, crop.key)
         grid = crop.within(crop.labels[name].grid)
         shown = read_labels(crop, [name], grid).present_of(name)
         title = f"{crop.key}: {name}, ground truth"

@@ -185,14 +185,15 @@ def changed(config: RunConfig, changes: Mapping[str, Any], where: str) -> RunCon
 
 def _arms(study: StudyFile, base: RunConfig, file: Path) -> list[Arm]:
     factors = {name: _levels(name, levels, file) for name, levels in study.factors.items()}
-    single = [{}, *({factor: level} for factor, levels in factors.items() for level in levels)]
-    grid = (dict(zip(factors, combination, strict=True)) for combination in product(*factors.values()))
+    if study.mode == "grid":
+        chosen = [dict(zip(factors, combination, strict=True)) for combination in product(*factors.values())]
+    else:
+        chosen = [{}, *({name: level} for name, levels in factors.items() for level in levels)]
     arms: dict[str, Arm] = {}
-    for of in grid if study.mode == "grid" else single:
-        name = " ".join(f"{factor}={level}" for factor, level in of.items()) or BASE
-        changes = {key: value for factor, level in of.items() for key, value in factors[factor][level].items()}
-        levels = of if study.mode == "grid" else {}
-        arm = Arm(name, changes, changed(base, changes, f"{file}, {name}"), levels)
+    for levels in chosen:
+        name = " ".join(f"{factor}={level}" for factor, level in levels.items()) or BASE
+        changes = {key: value for factor, level in levels.items() for key, value in factors[factor][level].items()}
+        arm = Arm(name, changes, changed(base, changes, f"{file}, {name}"), levels if study.mode == "grid" else {})
         content = json.dumps(config_to_dict(arm.config), sort_keys=True)
         if content not in arms:
             arms[content] = arm

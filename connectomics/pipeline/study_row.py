@@ -17,7 +17,7 @@ from connectomics.config.values import plain, read
 from connectomics.errors import ConfigError, ConnectomicsError, InputError, MetadataError, MissingError, unknown_name
 from connectomics.io.replacing import has_keys, require_own, write_json
 from connectomics.lightning.run_state import latest_checkpoint, weights_file
-from connectomics.pages.report.run_folder import Columns, read_metrics, read_timing
+from connectomics.pages.report.run_folder import read_metrics, read_timing
 from connectomics.pipeline.runs import open_run
 from connectomics.pipeline.study_file import Row
 
@@ -102,7 +102,7 @@ def do_row(row: Row, until: int | None, scores: Sequence[str]) -> None:
                 ).save(row)  # fmt: skip
             state = replace(RowState.of(row), error="")
             monitor, every = row.config.checkpoint.monitor, row.config.training.val_every_n_epochs
-            if state.complete and monitor not in _columns(row):
+            if state.complete and monitor not in read_metrics(row.folder):
                 raise ConfigError(
                     f"it was never validated, so there is no {monitor}: give it a validation part and at least {every} "
                     f"epochs (training.val_every_n_epochs); it had {state.steps} steps"
@@ -152,16 +152,14 @@ def _evaluate(row: Row) -> None:
 
 
 def _code(folder: Path) -> str:
-    about = open_run(folder).environment
-    git = about.get("git") or {}
-    commit = f" {git['commit'][:8]}{'+' * bool(git['changed'])}" if git else ""
-    return f"{about.get('connectomics', '')}{commit}"
+    run = open_run(folder)
+    return f"{run.environment.get('connectomics', '')} {run.commit}".rstrip()
 
 
 # -- scores ----------------------------------------------------------------------------------------------------------
 def curve(row: Row, name: str) -> list[tuple[float, float]]:
     """Return (optimizer steps, value) of a metric of a row; [] if it was not logged yet."""
-    return [(step + 1, value) for _, step, value in _columns(row).get(name, ())]
+    return [(step + 1, value) for _, step, value in read_metrics(row.folder).get(name, ())]
 
 
 def scores_of(row: Row, names: Sequence[str], until: int | None = None) -> dict[str, float]:
@@ -174,10 +172,10 @@ def scores_of(row: Row, names: Sequence[str], until: int | None = None) -> dict[
     Raises:
         UnknownNameError: a complete row has no such score.
     """
-    columns, config = _columns(row), row.config.checkpoint
+    columns, config = read_metrics(row.folder), row.config.checkpoint
     end = math.inf
     if until is not None:  # the end of the epoch that reached it
-        epochs = (read_timing(row.folder) or {}).get("by_epoch", [])
+        epochs = read_timing(row.folder).get("by_epoch", [])
         end = min((epoch["step"] for epoch in epochs if epoch["step"] >= until), default=math.inf)
     columns = {name: [v for v in values if v[1] < end] for name, values in columns.items()}
     monitored = columns.get(config.monitor, [])
@@ -194,11 +192,6 @@ def scores_of(row: Row, names: Sequence[str], until: int | None = None) -> dict[
                 raise unknown_name("score", name, [n for n in found if not n.startswith("train/")], row.name)
     last = columns.get(names[0], [])
     return {name: found[name] for name in names if name in found} | ({"last": last[-1][2]} if last else {})
-
-
-def _columns(row: Row) -> Columns:
-    file = row.folder / "metrics.csv"
-    return read_metrics(file) if file.is_file() else {}
 
 
 def _evaluated(row: Row) -> dict[str, float]:

@@ -213,7 +213,7 @@ def _tune_class(predictions: list[_Prediction], search: _Search) -> TunedClass |
     volumes = {p: volume for p, volume in volumes.items() if volume.known.any()}
     if not any(volume.truth.any() for volume in volumes.values()):
         return None
-    return _searched(list(volumes), list(volumes.values()), search)
+    return _searched(volumes, search)
 
 
 def _all_thresholds(predictions: list[_Prediction], search: _Search) -> TunedClass | None:
@@ -253,11 +253,16 @@ def _all_thresholds(predictions: list[_Prediction], search: _Search) -> TunedCla
 
 
 # -- the search --------------------------------------------------------------------------------------------------------
-def _searched(predictions: list[_Prediction], volumes: list[Volume], search: _Search) -> TunedClass:
-    optuna = _optuna()
+def _searched(found: Mapping[_Prediction, Volume], search: _Search) -> TunedClass:
+    try:
+        import optuna
+    except ImportError as error:
+        raise MissingError("tuning needs Optuna: run pip install 'connectomics-cellmap[tune]'") from error
     from optuna.exceptions import StorageInternalError
     from sqlalchemy.exc import SQLAlchemyError
 
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    predictions, volumes = list(found), list(found.values())
     try:
         study = _study(optuna, predictions, volumes, search)
         _run(study, volumes, search)
@@ -276,15 +281,6 @@ def _searched(predictions: list[_Prediction], volumes: list[Volume], search: _Se
         best=read(DecodeParameters, best["parameters"], f"trial {best['number']} of {search.name}"),
         best_score=best["score"], trials=rows, networks=_networks(predictions),
     )  # fmt: skip
-
-
-def _optuna() -> Any:
-    try:
-        import optuna
-    except ImportError as error:
-        raise MissingError("tuning needs Optuna: run pip install 'connectomics-cellmap[tune]'") from error
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna
 
 
 def _study(optuna: Any, predictions: list[_Prediction], volumes: list[Volume], search: _Search) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from connectomics.metrics.challenge.scoring import score_instance
 from connectomics.metrics.evaluate import InstanceSums, Scored, score_of
 
 #: Thresholds of a search as stored values: 7, 15, ..., 247; 127 is one half.
-_LEVELS = (7, 247, 8)
+_LEVELS = range(7, 248, 8)
 #: Reach of watershed seeds, in edges of the finest voxel.
 _REACHES = (4, 8, 16, 32, 64)
 #: Values of the biases and of the threshold of agglomeration.
@@ -79,31 +79,24 @@ class SearchSpace:
             (base.method,) if fixed else ("cc3d", "watershed"),
         )
 
+    def choices(self, method: str | None = None) -> dict[str, Sequence[Any]]:
+        """Return the values of each name that every point has, or of those that only points of a method have."""
+        if method is None:
+            sizes = range(len(self.sizes))
+            return {"level": _LEVELS, "size": sizes, "fill_holes": (False, True), "method": self.methods}
+        if method == "watershed":
+            return {"reach": range(len(self.reaches))}
+        return dict.fromkeys(_LIMITED.get(method, ()), _LIMITS)
+
     def points(self) -> Iterator[dict[str, Any]]:
-        levels = range(_LEVELS[0], _LEVELS[1] + 1, _LEVELS[2])
-        for level, size, fill, method in itertools.product(levels, range(len(self.sizes)), (False, True), self.methods):
-            point = {"level": level, "size": size, "fill_holes": fill, "method": method}
-            if method == "watershed":
-                yield from ({**point, "reach": reach} for reach in range(len(self.reaches)))
-            elif method in _LIMITED:
-                for limits in itertools.product(_LIMITS, repeat=len(_LIMITED[method])):
-                    yield {**point, **dict(zip(_LIMITED[method], limits, strict=True))}
-            else:
-                yield point
+        """Yield all points."""
+        for point in _combinations(self.choices()):
+            yield from ({**point, **more} for more in _combinations(self.choices(point["method"])))
 
     def suggest(self, trial: Any) -> dict[str, Any]:
-        low, high, step = _LEVELS
-        point = {
-            "level": trial.suggest_int("level", low, high, step=step),
-            "size": trial.suggest_int("size", 0, len(self.sizes) - 1),
-            "fill_holes": trial.suggest_categorical("fill_holes", (False, True)),
-            "method": trial.suggest_categorical("method", self.methods),
-        }
-        if point["method"] == "watershed":
-            point["reach"] = trial.suggest_int("reach", 0, len(self.reaches) - 1)
-        for name in _LIMITED.get(point["method"], ()):
-            point[name] = trial.suggest_categorical(name, _LIMITS)
-        return point
+        """Return the point that a trial of Optuna suggests."""
+        point = _suggested(trial, self.choices())
+        return {**point, **_suggested(trial, self.choices(point["method"]))}
 
     def parameters(self, point: Mapping[str, Any], base: DecodeParameters) -> DecodeParameters:
         return replace(
@@ -112,6 +105,19 @@ class SearchSpace:
             min_distance_nm=self.reaches[point["reach"]] if "reach" in point else base.min_distance_nm,
             **{name: point[name] for name in _LIMITED.get(point["method"], ())},
         )  # fmt: skip
+
+
+def _combinations(choices: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
+    return (dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values()))
+
+
+def _suggested(trial: Any, choices: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    return {
+        name: trial.suggest_int(name, values[0], values[-1], step=values.step)
+        if isinstance(values, range)
+        else trial.suggest_categorical(name, values)
+        for name, values in choices.items()
+    }
 
 
 def pooled_scores(

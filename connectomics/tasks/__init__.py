@@ -7,6 +7,14 @@ from connectomics.tasks.pool import Engine
 from connectomics.tasks.runner import run_task
 
 __all__ = [
-    "TASK_FILE", "BlockTask", "BlockWorker", "Cost", "DoneMap", "Engine", "Lattice", "Worker", "open_engine",
+    "TASK_FILE",
+    "BlockTask",
+    "BlockWorker",
+    "Cost",
+    "DoneMap",
+    "Engine",
+    "Lattice",
+    "Worker",
+    "open_engine",
     "run_task",
-]  # fmt: skip
+]

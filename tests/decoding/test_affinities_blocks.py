@@ -190,8 +190,8 @@ def test_decode_reads_the_method_from_the_configuration(perfect, truth, tmp_path
     by_class = {"mito": {"method": "mutex_watershed", "bias_short": 0.4, "bias_long": 0.6, "min_size_nm3": 0.0}}
     (result,) = decode_predictions(root, tmp_path / "labels", decode_parameters(["mito"], {}, by_class))
     assert result.objects == len(np.unique(truth)) - 1
-    assert difference(read_labels(result.location), truth).voi_split == 0
-    about = store.read_attrs(result.location)["connectomics"]
+    assert difference(read_labels(result.job.location), truth).voi_split == 0
+    about = store.read_attrs(result.job.location)["connectomics"]
     assert about["decode"]["bias_long"] == 0.6
     (again,) = decode_predictions(root, tmp_path / "labels", decode_parameters(["mito"], {}, by_class))
     assert again.skipped

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from connectomics.config.schema import DecodingConfig, EngineConfig
+from connectomics.config.schema import EngineConfig
 from connectomics.config.values import plain
 from connectomics.decoding.blocks import groups, labels_task
 from connectomics.decoding.blocks.labels_task import objects_of
@@ -33,7 +33,6 @@ from connectomics.geometry import VoxelGrid
 from connectomics.io import store
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import ArrayWriter, write_multiscale
-from connectomics.pipeline.decode import BLOCKWISE_ABOVE
 from connectomics.tasks import claims, run_task
 from connectomics.tasks.blocks import BlockFiles, Lattice
 from connectomics.tasks.estimate import estimate
@@ -482,7 +481,7 @@ def test_decode_takes_large_arrays_block_by_block_with_the_same_result(tmp_path)
         (done,) = decode_predictions(
             tmp_path, folder, parameters, classes=["mito"], blockwise_above=limit, progress=tell
         )
-        task = ComponentsTask("in", done.location, "mito", parameters["mito"])
+        task = ComponentsTask("in", str(done.job.location), "mito", parameters["mito"])
         return done, {name: content for name, content in files(task).items()}
 
     # the input is found as data set "in"
@@ -502,11 +501,7 @@ def test_decode_keeps_in_memory_what_needs_the_whole_array(tmp_path):
     chosen = DecodeParameters(method="watershed", min_size_nm3=500.0)
     (done,) = decode_predictions(tmp_path, tmp_path / "out", {"mito": chosen}, blockwise_above=0)
     assert done.objects == decode_class(values, SIZE, chosen).max()
-    assert store.read_attrs(done.location)["connectomics"]["decode"] == plain(chosen)
-
-
-def test_the_limit_is_the_configurations():
-    assert DecodingConfig().blockwise_above == BLOCKWISE_ABOVE
+    assert store.read_attrs(done.job.location)["connectomics"]["decode"] == plain(chosen)
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------

@@ -156,7 +156,7 @@ def test_labels_lie_on_the_predictions_grid_and_say_where_they_came_from(tmp_pat
     write_prediction(tmp_path / "p", name="mito")
     write_prediction(tmp_path / "p", name="er")
     done = decode_predictions(tmp_path / "p", tmp_path / "l")
-    assert [(d.class_name, d.objects, d.skipped) for d in done] == [("er", 1, False), ("mito", 2, False)]
+    assert [(d.job.class_name, d.objects, d.skipped) for d in done] == [("er", 1, False), ("mito", 2, False)]
     labels, volume = read(tmp_path / "l/phantom.zarr/crop7/mito")
     assert volume.grid == GRID
     assert labels.dtype == np.uint8
@@ -209,7 +209,7 @@ def test_float16_probabilities_are_decoded_alike_whole_and_in_blocks(tmp_path, n
     write_prediction(tmp_path / "p", name=name, values=values)
     chosen = DecodeParameters(threshold=0.3, method="cc3d" if name == "mito" else "threshold")
     (done,) = decode_predictions(tmp_path / "p", tmp_path / "l", {name: chosen}, blockwise_above=limit)
-    labels, _ = read(done.location)
+    labels, _ = read(done.job.location)
     np.testing.assert_array_equal(labels > 0, values.astype(np.float64) > 0.3)
     assert done.objects == (cc3d.connected_components(values > 0.3).max() if name == "mito" else 1)
 
@@ -226,7 +226,7 @@ def test_walls_are_read_as_float16_and_from_another_grid(tmp_path):
     np.testing.assert_array_equal(read_on(open_prediction(tmp_path / "p", "phantom", "crop7", "pm"), coarse), wall)
     chosen = DecodeParameters(method="cc3d", boundary="pm")
     (done,) = decode_predictions(tmp_path / "p", tmp_path / "l", {"cell": chosen}, classes=["cell"])
-    labels, _ = read(done.location)
+    labels, _ = read(done.job.location)
     assert done.objects == 2
     assert labels[30, 20].tolist() == [1] * 17 + [2] * 16
 
@@ -263,8 +263,8 @@ def test_the_table_of_instances_as_parquet(tmp_path, limit):
     (done,) = decode_predictions(tmp_path / "p", tmp_path / "l", blockwise_above=limit, table="parquet")
     assert not done.skipped  # that table was not there
     assert decode_predictions(tmp_path / "p", tmp_path / "l", blockwise_above=limit, table="parquet")[0].skipped
-    table = pq.read_table(f"{done.location}/instances.parquet")
-    with open(f"{done.location}/instances.csv") as file:
+    table = pq.read_table(f"{done.job.location}/instances.parquet")
+    with open(f"{done.job.location}/instances.csv") as file:
         rows = list(csv.DictReader(file))
     assert table.column_names == list(rows[0])
     assert table.schema.field("volume_nm3").metadata == {b"unit": b"nm3"}
@@ -279,14 +279,14 @@ def test_arrays_in_blocks_are_spread_over_processes(tmp_path):
     here = decode_predictions(tmp_path / "p", tmp_path / "a", blockwise_above=0)
     two = decode_predictions(tmp_path / "p", tmp_path / "b", blockwise_above=0, engine=EngineConfig(workers=2))
     for one, other in zip(here, two, strict=True):
-        assert (one.class_name, one.objects) == (other.class_name, other.objects)
-        np.testing.assert_array_equal(read(one.location)[0], read(other.location)[0])
+        assert (one.job.class_name, one.objects) == (other.job.class_name, other.objects)
+        np.testing.assert_array_equal(read(one.job.location)[0], read(other.job.location)[0])
 
 
 def test_only_the_classes_asked_for(tmp_path):
     write_prediction(tmp_path / "p", name="mito")
     write_prediction(tmp_path / "p", name="er")
-    assert [d.class_name for d in decode_predictions(tmp_path / "p", tmp_path / "l", classes=["er"])] == ["er"]
+    assert [d.job.class_name for d in decode_predictions(tmp_path / "p", tmp_path / "l", classes=["er"])] == ["er"]
     with pytest.raises(UnknownNameError, match=r"unknown class 'mitos'.*did you mean 'mito'"):
         decode_predictions(tmp_path / "p", tmp_path / "l", classes=["mitos"])
 
@@ -404,13 +404,13 @@ def test_the_table_counts_the_voxels_of_the_labels_where_parts_are_unknown(tmp_p
     for pyramid in (False, True):
         out = tmp_path / f"labels-{pyramid}"
         (done,) = decode_predictions(tmp_path / "p", out, parameters, blockwise_above=limit, pyramid=pyramid)
-        labels = read(done.location)[0]
+        labels = read(done.job.location)[0]
         ids, counts = np.unique(labels[labels > 0], return_counts=True)
         assert (ids.tolist(), done.objects) == ([1, 2], 2)
         assert not labels[12:15, 10:20, 10:20].any()
         assert labels[10:12, 10:20, 10:20].all()
         assert labels[21, 31, 21] == 1
-        with open(f"{done.location}/instances.csv") as file:
+        with open(f"{done.job.location}/instances.csv") as file:
             rows = list(csv.DictReader(file))
         assert [int(row["voxels"]) for row in rows] == counts.tolist()
         for number, row in zip((1, 2), rows, strict=True):
@@ -431,7 +431,7 @@ def test_ids_of_a_registered_decoder_have_a_row_each(tmp_path, monkeypatch):
     unknown = [{"box": [gap.begin, gap.end]}]
     write_prediction(tmp_path / "p", values=np.zeros(GRID.shape, np.uint8), unknown=unknown, grid=GRID.to_dict())
     (done,) = decode_predictions(tmp_path / "p", tmp_path / "labels", {"mito": DecodeParameters(method="three")})
-    labels = read(done.location)[0]
+    labels = read(done.job.location)[0]
     assert (np.unique(labels).tolist(), done.objects) == ([0, 1, 2], 2)
-    with open(f"{done.location}/instances.csv") as file:
+    with open(f"{done.job.location}/instances.csv") as file:
         assert [(int(row["id"]), int(row["voxels"])) for row in csv.DictReader(file)] == [(1, 64), (2, 96)]

@@ -92,9 +92,10 @@ def test_numbers_are_written_for_people() -> None:
 
 
 def test_metrics_are_read_column_by_column_without_gaps(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.csv"
-    path.write_text("epoch,step,train/loss,val/dice\n0,4,0.9,\n0,4,,0.5\n1,9,nan,\n,12,0.4,\n1,9,,0.75,surplus\n")
-    columns = run_folder.read_metrics(path)
+    (tmp_path / "metrics.csv").write_text(
+        "epoch,step,train/loss,val/dice\n0,4,0.9,\n0,4,,0.5\n1,9,nan,\n,12,0.4,\n1,9,,0.75,surplus\n"
+    )
+    columns = run_folder.read_metrics(tmp_path)
     assert columns == {"train/loss": [(0, 4, 0.9), (1, 12, 0.4)], "val/dice": [(0, 4, 0.5), (1, 9, 0.75)]}
 
 

@@ -20,6 +20,7 @@ from connectomics.cellmap.classes import CLASSES
 from connectomics.cellmap.crop_table import CropTable, TableEntry
 from connectomics.cli import main
 from connectomics.config import load_config
+from connectomics.data.normalization import table as gray_ranges
 from connectomics.errors import InputError, WriteError
 from connectomics.geometry import Box, VoxelGrid
 from connectomics.io.multiscale import Multiscale
@@ -28,7 +29,6 @@ from connectomics.pipeline.challenge_plan import (
     gpu_of,
     plan_challenge,
     plan_cost,
-    public_datasets,
     run_book,
 )
 from connectomics.pipeline.plan import hours
@@ -155,8 +155,8 @@ def test_the_run_book_quotes_for_make_and_for_the_shell(tmp_path: Path) -> None:
 
 
 def test_the_names_of_the_challenge_s_data_sets() -> None:
-    assert len(public_datasets()) == 22
-    assert {row.dataset for row in CropTable.challenge()} <= public_datasets()
+    assert len(gray_ranges()) == 22
+    assert {row.dataset for row in CropTable.challenge()} <= gray_ranges().keys()
 
 
 # -- the run book ------------------------------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ def test_the_run_book_gives_a_submission(
 # -- all of it ---------------------------------------------------------------------------------------------------------
 def named_after_the_challenge(phantom: Path, out: Path) -> Path:
     """A data root of 22 data sets with the challenge's names: the two of a phantom, each time with one of its crops."""
-    for number, name in enumerate(sorted(public_datasets())):
+    for number, name in enumerate(sorted(gray_ranges())):
         source = ("phantom-iso", "phantom-aniso")[number % 2]
         zarr = out / name / f"{name}.zarr"
         shutil.copytree(phantom / source / f"{source}.zarr", zarr, copy_function=os.link)

@@ -197,7 +197,7 @@ def test_heads_are_scored_as_decode_reads_them(made: Path, tmp_path: Path, heigh
 
 
 def test_a_small_space_is_searched_whole(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("connectomics.pipeline.tune_space._LEVELS", (47, 47, 8))
+    monkeypatch.setattr("connectomics.pipeline.tune_space._LEVELS", range(47, 48))
     base = {"er": DecodeParameters(fill_holes=True)}
     arguments = (made / "predictions", str(made / "root"), tmp_path)
     found = tune(*arguments, classes=["er"], trials=60, base=base)["er"]

@@ -4,6 +4,13 @@ from connectomics.cellmap.fetch.plan import PUBLIC, FetchItem, FetchPlan, Remote
 from connectomics.cellmap.fetch.transfer import Missing, resolve_table, transfer
 
 __all__ = [
-    "PUBLIC", "FetchItem", "FetchPlan", "Missing", "RemoteFile", "open_source", "plan_fetch", "resolve_table",
+    "PUBLIC",
+    "FetchItem",
+    "FetchPlan",
+    "Missing",
+    "RemoteFile",
+    "open_source",
+    "plan_fetch",
+    "resolve_table",
     "transfer",
-]  # fmt: skip
+]

@@ -14,6 +14,18 @@ from connectomics.data.augmentation.presets import augmentations_of
 from connectomics.data.augmentation.warp import sample
 
 __all__ = [
-    "KINDS", "Augmentor", "BatchAugmentor", "CoordinateMap", "Displacement", "GivenAugmentor", "IntensityAugmentor",
-    "PatchAugmentor", "SpatialAugmentor", "agree", "augmentations_of", "build_augmentor", "recognize", "sample",
-]  # fmt: skip
+    "KINDS",
+    "Augmentor",
+    "BatchAugmentor",
+    "CoordinateMap",
+    "Displacement",
+    "GivenAugmentor",
+    "IntensityAugmentor",
+    "PatchAugmentor",
+    "SpatialAugmentor",
+    "agree",
+    "augmentations_of",
+    "build_augmentor",
+    "recognize",
+    "sample",
+]

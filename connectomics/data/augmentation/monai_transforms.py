@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.data.augmentation.argument_rules import is_sequence, several
-from connectomics.errors import ConfigError, InputError, unknown_name
+from connectomics.errors import ConfigError, InputError, require_known, unknown_name
 
 Sample = dict[str, Any]
 _KEYS = ("image", "label", "known")
@@ -259,15 +259,11 @@ def _build(name: str, arguments: dict[str, Any], patch_size: Sequence[int]) -> l
             "auto, table or [low, high]"
         )
     allowed = inspect.signature(cls).parameters
-    for argument in arguments:
-        if argument not in allowed:
-            raise unknown_name(f"argument of {kind}", argument, allowed, "data.augmentations")
+    require_known(f"argument of {kind}", arguments, allowed, "data.augmentations")
     if arguments.get("keys") is None:
         raise ConfigError(f"data.augmentations.{name}: keys is missing; set it to [image] or [image, label]")
     keys = [str(key) for key in several(arguments["keys"])]
-    for key in keys:
-        if key not in _KEYS:
-            raise unknown_name("key", key, _KEYS, f"data.augmentations.{name}.keys")
+    require_known("key", keys, _KEYS, f"data.augmentations.{name}.keys")
     variants = [_with_modes(kind, {**arguments, "keys": keys}, allowed)]
     if kind == "RandRotate90d":
         given = list(arguments["spatial_axes"]) if arguments.get("spatial_axes") is not None else [0, 1]

@@ -6,6 +6,13 @@ from connectomics.data.cache.locks import cache_folder, default_cache_dir, memor
 from connectomics.data.cache.prepare import forecast, prepare
 
 __all__ = [
-    "CropCache", "EntryInfo", "cache_folder", "cache_key", "default_cache_dir", "forecast", "memory_folder",
-    "open_entry", "prepare",
-]  # fmt: skip
+    "CropCache",
+    "EntryInfo",
+    "cache_folder",
+    "cache_key",
+    "default_cache_dir",
+    "forecast",
+    "memory_folder",
+    "open_entry",
+    "prepare",
+]

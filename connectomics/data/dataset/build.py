@@ -16,7 +16,7 @@ from connectomics.data.dataset.dataset_cellmap import CellMapDataset, CellMapMul
 from connectomics.data.normalization import of_crops
 from connectomics.data.patch_reader import PatchShape
 from connectomics.data.run_split import run_crops
-from connectomics.errors import unknown_name
+from connectomics.errors import require_known
 from connectomics.geometry import triple
 from connectomics.io.store import StoreOptions
 
@@ -79,8 +79,7 @@ def get_dataset(
     """
     kinds: dict[str, type[CellMapDataset] | type[CellMapMultiClassDataset]]
     kinds = {"cellmap": CellMapMultiClassDataset, "cellmap_single": CellMapDataset}
-    if cfg.dataset.name not in kinds:
-        raise unknown_name("data set kind", cfg.dataset.name, kinds, "dataset.name")
+    require_known("data set kind", [cfg.dataset.name], kinds, "dataset.name")
     options = patch_options(cfg)
     crops = run_crops(cfg, options=StoreOptions(cache_bytes=options.chunk_cache_bytes))
     return kinds[cfg.dataset.name](

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from torch.utils.data import Dataset
 
-from connectomics.errors import unknown_name
+from connectomics.errors import require_known
 
 Mode = Literal["train", "val", "test"]
 
@@ -16,7 +16,6 @@ class BaseDataset(Dataset[Any]):
 
     def __init__(self, augmentor: Any = None, mode: Mode = "train") -> None:
         """Raises `UnknownNameError` for another mode."""
-        if mode not in ("train", "val", "test"):
-            raise unknown_name("mode", mode, ("train", "val", "test"))
+        require_known("mode", [mode], ("train", "val", "test"))
         self.augmentor = augmentor
         self.mode: Mode = mode

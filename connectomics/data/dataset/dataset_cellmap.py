@@ -22,7 +22,7 @@ from connectomics.data.patches import PackedPatch
 from connectomics.data.regions import Regions
 from connectomics.data.sampling import PatchRequest, SampledCrop
 from connectomics.data.volumes import CropVolume
-from connectomics.errors import InputError, unknown_name
+from connectomics.errors import InputError, require_known
 from connectomics.geometry import Index, Triple, VoxelGrid, index, triple
 from connectomics.io.normalization import Normalization
 from connectomics.io.store import StoreOptions
@@ -56,9 +56,7 @@ class PatchOptions:
     @classmethod
     def from_kwargs(cls, kwargs: Mapping[str, Any]) -> PatchOptions:
         """Return the options of a mapping; raises `UnknownNameError` for an unknown one."""
-        for name in kwargs:
-            if name not in cls.__dataclass_fields__:
-                raise unknown_name("option", name, cls.__dataclass_fields__, "mode_kwargs")
+        require_known("option", kwargs, cls.__dataclass_fields__, "mode_kwargs")
         return cls(**kwargs)
 
 
@@ -122,9 +120,7 @@ class CropPatches(BaseDataset):
         self.patch_size = index(patch_size)
         self.voxel_size = triple(resolution, "resolution")
         self.options = options
-        for name in options.instances:
-            if name not in self.classes:
-                raise unknown_name("instance class", name, self.classes, "the classes")
+        require_known("instance class", options.instances, self.classes, "the classes")
         in_reading = augmentor if isinstance(augmentor, PatchAugmentor) else None
         self._augment: Augmentor | GivenAugmentor | None = None
         if augmentor is not None and not isinstance(augmentor, PatchAugmentor):

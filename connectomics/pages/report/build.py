@@ -101,8 +101,6 @@ def _part(anchor: str, title: str, body: Callable[[], Markup]) -> page.Section:
 
 
 def _load_scores(path: Path | None, what: str, problems: list[str]) -> Scores | None:
-    try:
+    with page.noting(problems, f"The {what} cannot be shown"):
         return None if path is None else Scores.load(path)
-    except ConnectomicsError as error:
-        problems.append(f"The {what} cannot be shown: {error}")
-        return None
+    return None

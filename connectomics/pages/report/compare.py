@@ -45,9 +45,8 @@ class Compared:
                 return empty
 
         config = read(lambda: flat(run_folder.read_config(run) or {}), {})
-        metrics = run / "metrics.csv"
-        columns = read(lambda: run_folder.read_metrics(metrics) if metrics.is_file() else {}, {})
-        timing = read(lambda: run_folder.read_timing(run) or {}, {})
+        columns = read(lambda: run_folder.read_metrics(run), {})
+        timing = read(lambda: run_folder.read_timing(run), {})
         if not (config or columns):
             problems.append(f"{name}: {run} is not a run folder: it has no config.yaml and no metrics.csv.")
         elif unfinished := read(lambda: run_folder.unfinished_state(run), ""):
@@ -128,18 +127,11 @@ def _charts(runs: Sequence[Compared]) -> list[Markup]:
                  ("gpu_memory_bytes", "GPU memory, GB", 1e-9))  # fmt: skip
     made = []
     for column, title, limits in columns:
-        curves = [(run.name, [(epoch, v) for epoch, _, v in run.columns.get(column, ())]) for run in runs]
-        made.append(_chart(curves, title, limits))
+        points = [(run.name, [(epoch, v) for epoch, _, v in run.columns.get(column, ())]) for run in runs]
+        made.append(charts.curves(points, title, "epoch", limits))
     for key, title, scale in resources:
-        made.append(_chart([(run.name, by_epoch(run.timing, key, scale)) for run in runs], title))
+        made.append(charts.curves([(run.name, by_epoch(run.timing, key, scale)) for run in runs], title, "epoch"))
     return [chart for chart in made if chart]
-
-
-def _chart(
-    curves: Sequence[tuple[str, Sequence[tuple[float, float]]]], title: str, limits: tuple[float, float] | None = None
-) -> Markup:
-    lines = [line for name, points in curves for line in charts.series(name, points)]
-    return charts.line_chart(lines, title, "epoch", limits)
 
 
 def _class_tables(runs: Sequence[Compared]) -> list[tuple]:

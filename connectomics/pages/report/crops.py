@@ -15,6 +15,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from connectomics.errors import ConnectomicsError
+from connectomics.geometry import other_axes
 from connectomics.pages import colors, figures, page
 from connectomics.pages.report import objects, scores, slice_viewer
 from connectomics.pages.report.library import Library, Wanted
@@ -109,7 +110,7 @@ def gray_layer(plane: Plane, limits: tuple[float, float]) -> NDArray[np.uint8]:
 
 def _cut_marks(item: Item, plane: Plane, position: tuple[int, int, int]) -> list[tuple[float, float, float, float]]:
     """Return ticks (x1, y1, x2, y2) at the borders, where the two other slices cut this one."""
-    rows, columns = (a for a in range(3) if a != plane.axis)
+    rows, columns = other_axes(plane.axis)
     height, width = plane.extent
     y = (position[rows] + 0.5) * item.grid.voxel_size[rows]
     x = (position[columns] + 0.5) * item.grid.voxel_size[columns]
@@ -117,7 +118,6 @@ def _cut_marks(item: Item, plane: Plane, position: tuple[int, int, int]) -> list
     return [(0, y, tick, y), (width - tick, y, width, y), (x, 0, x, tick), (x, height - tick, x, height)]
 
 
-# -- choosing ----------------------------------------------------------------------------------------------------------
 _MOST_EXTREMES = 4  # of the worst and of the best
 
 CropKey = tuple[str, str]  # data set and crop

@@ -52,14 +52,13 @@ def section(data_root: Path | str | None, run: Path | None, max_arrays: int) -> 
 
 def _seen(run: Path) -> dict[str, Any]:
     """Return crops of training and validation, and how often the training patches held each class."""
-    metrics = run / "metrics.csv"
-    columns = read_metrics(metrics) if metrics.is_file() else {}
+    columns = read_metrics(run)
     rows = {
         name: {k: sum(v for *_, v in columns.get(f"data/{name}/{k}", ())) for k in ("patches", "known", "present")}
         for name in class_names(columns, "patches", "data")
         if "/" not in name
     }
-    patches = (read_timing(run) or {}).get("samples")
+    patches = read_timing(run).get("samples")
     split, problem = {}, None
     try:
         found = read_yaml(run / "split.yaml")

@@ -11,13 +11,14 @@ from connectomics.cellmap.catalog import Catalog
 from connectomics.cellmap.crop_table import CropTable
 from connectomics.decoding.label_artifact import unknown_share
 from connectomics.decoding.prediction import find_arrays
-from connectomics.errors import ConnectomicsError, MetadataError, first_of, number_of
+from connectomics.errors import MetadataError, first_of, number_of
 from connectomics.geometry import VoxelGrid
 from connectomics.io import store
 from connectomics.io.artifacts import identity, marks
 from connectomics.io.fingerprint import same_content
 from connectomics.io.multiscale import Multiscale, PlainArray
 from connectomics.metrics.challenge.zarr_v2 import FolderStore, Store, ZipStore
+from connectomics.pages.page import noting
 from connectomics.pages.report.sources import ReportSources
 from connectomics.pages.report.volumes import (
     Item,
@@ -54,15 +55,11 @@ class Library:
     def open(cls, sources: ReportSources) -> Library:
         """Open the data root and the submission; what is missing becomes a line in ``problems``."""
         library = cls(sources)
-        try:
+        with noting(library.problems, "No raw"):
             library.catalog = Catalog.open(str(sources.data_root)) if sources.data_root else None
-        except ConnectomicsError as error:
-            library.problems.append(f"No raw: {error}")
-        try:
+        with noting(library.problems, "No predictions from the submission"):
             if sources.submission is not None and sources.labels is None:
                 library.archive = _open_submission(sources.submission)
-        except ConnectomicsError as error:
-            library.problems.append(f"No predictions from the submission: {error}")
         for name, folder in (("labels", sources.labels), ("probabilities", sources.probabilities)):
             if folder is not None and not folder.is_dir():
                 library.problems.append(f"No {name}: there is no folder {folder}.")
@@ -145,7 +142,7 @@ class Library:
         truth: LabelReader | None = None
         prediction: LabelReader | None = None
         probability: Multiscale | None = None
-        try:
+        with noting(problems, "No prediction"):
             if sources.probabilities is not None:
                 probability = open_prediction(sources.probabilities, dataset, crop, name)
             if sources.labels is not None:
@@ -155,21 +152,17 @@ class Library:
                 prediction = submitted_labels(self.archive, crop, name, grid)
             elif probability is not None:
                 prediction = stored_labels(probability, name)
-        except ConnectomicsError as error:
-            problems.append(f"No prediction: {error}")
         if prediction is None and not problems:
             problems.append("No prediction for this crop and class.")
         grid = grid or (prediction.grid if prediction is not None else None)
         if grid is None:
             raise MetadataError(f"{crop}/{name}: neither truth nor prediction says where it is; give a crop table")
-        try:
+        with noting(problems, "No truth"):
             if sources.truth is not None:
                 truth = plain_labels(store.join(str(sources.truth), crop, name), name, grid)
                 grid = truth.grid
             elif self.catalog is not None:
                 truth = annotated_labels(self.catalog, dataset, crop, name, grid)
-        except ConnectomicsError as error:
-            problems.append(f"No truth: {error}")
         if truth is None and not problems:
             problems.append("No truth for this crop and class.")
         return Item(dataset, crop, name, grid, truth, prediction, probability, self._raw_of(dataset), tuple(problems))
@@ -178,11 +171,9 @@ class Library:
         if self.catalog is None:
             return None
         if dataset not in self._raw:
-            try:
+            self._raw[dataset] = None
+            with noting(self.problems, f"No raw for {dataset or 'a crop whose data set is not known'}"):
                 self._raw[dataset] = Multiscale.open(self.catalog.raw_location(dataset))
-            except ConnectomicsError as error:
-                self._raw[dataset] = None
-                self.problems.append(f"No raw for {dataset or 'a crop whose data set is not known'}: {error}")
         return self._raw[dataset]
 
 

@@ -36,17 +36,21 @@ def read_yaml(path: Path) -> Any:
         raise MetadataError(f"cannot read {path}: {' '.join(str(error).split())}") from error
 
 
-def read_timing(run: Path) -> dict[str, Any] | None:
-    """Return ``timing.json`` of a run, None if there is none; `MetadataError` if it cannot be read."""
-    return read_json(run / "timing.json")
+def read_timing(run: Path) -> dict[str, Any]:
+    """Return ``timing.json`` of a run, {} if there is none; `MetadataError` if it cannot be read."""
+    return read_json(run / "timing.json") or {}
 
 
-def read_metrics(path: Path) -> Columns:
-    """Return every column of ``metrics.csv`` as (epoch, step, value), without empty and non-finite cells.
+def read_metrics(run: Path) -> Columns:
+    """Return every column of a run's ``metrics.csv`` as (epoch, step, value), without empty and non-finite cells.
 
-    A row without an epoch takes that of the row before it. `MetadataError` if the file cannot be read.
+    A row without an epoch takes that of the row before it. {} if there is no file; `MetadataError` if it cannot be
+    read.
     """
+    path = run / "metrics.csv"
     columns: dict[str, list[tuple[float, float, float]]] = {}
+    if not path.is_file():
+        return columns
     try:
         with path.open(newline="", encoding="utf-8") as stream:
             epoch = 0.0

@@ -14,7 +14,7 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from connectomics.geometry import Box, Triple, VoxelGrid
+from connectomics.geometry import Box, Triple, VoxelGrid, other_axes
 from connectomics.io.multiscale import Multiscale
 from connectomics.pages import colors, figures, page
 from connectomics.pages.report.volumes import Item, LabelReader, plane_grid
@@ -50,7 +50,7 @@ def _pane(
     positions = slice_positions(grid.shape[axis], slices, ahead)
     layers = [plane_grid(grid, axis, index, _LONGEST) for index in positions]
     at = [float(grid.axes()[axis][index]) for index in positions]
-    rows, columns = (a for a in range(3) if a != axis)
+    rows, columns = other_axes(axis)
     extent = np.multiply(layers[0].shape, layers[0].voxel_size)
     overlays = [
         (number, kind, np.concatenate([draw(reader, layer, axis) for layer in layers]))

@@ -135,7 +135,7 @@ def curves(run: Path | None) -> Markup:
     path = run / "metrics.csv"
     if not path.is_file():
         raise MissingError(f"No training curves: there is no {path}.")
-    columns = run_folder.read_metrics(path)
+    columns = run_folder.read_metrics(run)
     made = [
         _loss_chart(columns),
         _measure_chart(columns, "dice", "Validation Dice, whole crops"),
@@ -179,24 +179,23 @@ def _measure_chart(columns: Columns, measure: str, title: str) -> Markup:
 
 def _resource_charts(run: Path) -> list[Markup]:
     """Return throughput and memory by epoch, as far as the run recorded them."""
-    timing = run_folder.read_timing(run) or {}
+    timing = run_folder.read_timing(run)
     made = []
     for title, lines in (
         ("Patches a second, while training", (("rate", "samples_per_s", 1.0),)),
         ("Share of training spent waiting for data", (("waiting", "data_wait_share", 1.0),)),
         ("Memory, GB", (("processes", "memory_bytes", 1e-9), ("GPU", "gpu_memory_bytes", 1e-9))),
     ):
-        by_epoch = ((name, run_folder.by_epoch(timing, key, scale)) for name, key, scale in lines)
-        series = [line for name, points in by_epoch for line in charts.series(name, points)]
-        made.append(charts.line_chart(series, title, "epoch", (0.0, 1.0) if "Share" in title else None))
+        by_epoch = [(name, run_folder.by_epoch(timing, key, scale)) for name, key, scale in lines]
+        made.append(charts.curves(by_epoch, title, "epoch", (0.0, 1.0) if "Share" in title else None))
     return made
 
 
 # -- time and configuration --------------------------------------------------------------------------------------------
 def time(sources: ReportSources) -> Markup:
     """Return bars by stage, and of the parts of training."""
-    timing = None if sources.run is None else run_folder.read_timing(sources.run)
-    numbers = run_folder.numbers(timing or {})
+    timing = {} if sources.run is None else run_folder.read_timing(sources.run)
+    numbers = run_folder.numbers(timing)
     times = {label: numbers[key] for key, label in _TIMES.items() if key in numbers}
     if not times:  # written by another program: show what looks like seconds
         times = {k.removesuffix("_s"): v for k, v in numbers.items() if k.endswith("_s") and not k.endswith("per_s")}
@@ -206,7 +205,7 @@ def time(sources: ReportSources) -> Markup:
         facts["samples per second"] = f"{numbers['samples_per_s']:.3g}"
     return page.render(
         "report/time",
-        stages=sources.stages, has_timing=timing is not None, times=times, facts=facts,
+        stages=sources.stages, has_timing=bool(timing), times=times, facts=facts,
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from connectomics.cellmap.classes import is_instance_class
 from connectomics.cellmap.labels import read_instances, read_labels
 from connectomics.decoding.probabilities import unit_of
 from connectomics.errors import MetadataError
-from connectomics.geometry import Index, VoxelGrid
+from connectomics.geometry import Index, VoxelGrid, other_axes
 from connectomics.io import resample, store
 from connectomics.io.artifacts import require_complete
 from connectomics.io.multiscale import Multiscale, PlainArray
@@ -181,8 +181,7 @@ def examine(item: Item, most_voxels: int = 1 << 27) -> Findings:
         found.unknown += block.size - counts.known
         for mask, profiles in ((t != p, errors), (t, truths)):
             for axis, profile in enumerate(profiles):
-                others = tuple(a for a in range(3) if a != axis)
-                profile[begin[axis] : begin[axis] + block.shape[axis]] += mask.sum(axis=others)
+                profile[begin[axis] : begin[axis] + block.shape[axis]] += mask.sum(axis=other_axes(axis))
         if found.objects is not None:
             found.objects.add(begin, true, predicted, known)
     z, y, x = (
@@ -245,9 +244,9 @@ class Plane:
     @property
     def extent(self) -> tuple[float, float]:
         """Height and width, nm."""
-        rows, columns = (a for a in range(3) if a != self.axis)
-        lengths = [n * s for n, s in zip(self.grid.shape, self.grid.voxel_size, strict=True)]
-        return lengths[rows], lengths[columns]
+        rows, columns = other_axes(self.axis)
+        extent = self.grid.box.extent
+        return extent[rows], extent[columns]
 
 
 def plane_grid(grid: VoxelGrid, axis: int, index: int, longest: int) -> VoxelGrid:

@@ -12,8 +12,8 @@ networks" (ICML 2017): bins of equal width, each weighted by its voxels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -219,32 +219,24 @@ _MOST_LINES = 5
 def sections(library: Library, options: ReportOptions, step: Callable[[str], None]) -> list[page.Section]:
     """Return both sections; crops and classes that cannot be read are left out and listed."""
     problems: list[str] = []
-
-    @contextmanager
-    def noted(what: str) -> Iterator[None]:
-        try:
-            yield
-        except ConnectomicsError as error:
-            problems.append(f"Left out: {what}: {error}")
-
     crops: dict[tuple[str, str], list[Item]] = {}
     with suppress(ConnectomicsError):  # the section on crops reports it
         for one in library.wanted():
             found = crops.setdefault((one.dataset, one.crop), [])
-            with noted(f"{one.crop}/{one.class_name}"):
+            with page.noting(problems, f"Left out: {one.crop}/{one.class_name}"):
                 found.append(library.item(one))
     classes = sorted({i.class_name for items in crops.values() for i in items if i.truth and i.prediction})
     table, reliabilities = Confusion.none(classes), {name: Reliability() for name in classes}
     shares: dict[str, list[float]] = {"confusion": [], "calibration": []}
     for (_, crop), items in crops.items():
-        with noted(crop):
+        with page.noting(problems, f"Left out: {crop}"):
             part = Confusion.none(classes)  # counted separately: a crop that fails half-way adds nothing
             if items:
                 shares["confusion"].append(part.add_crop(items, options.max_voxels))
                 table += part
         for item in items:
             if item.truth is not None and item.probability is not None:
-                with noted(f"{crop}/{item.class_name}"):
+                with page.noting(problems, f"Left out: {crop}/{item.class_name}"):
                     counted = Reliability()
                     shares["calibration"].append(counted.add_item(item, options.max_voxels))
                     reliabilities[item.class_name] = reliabilities.get(item.class_name, Reliability()) + counted

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from connectomics.cellmap.catalog import Catalog, Crop
 from connectomics.cellmap.crop_table import CropTable
 from connectomics.cellmap.labels import LabelVolume, read_instances, read_labels
-from connectomics.errors import InputError, MissingError, unknown_name
+from connectomics.errors import InputError, MissingError, require_known
 from connectomics.geometry import Box, VoxelGrid
 from connectomics.io import store
 from connectomics.io.metadata import names_levels
@@ -76,8 +76,8 @@ class ViewSources:
     predictions: Path | None = None
     labels: Path | None = None
     dataset: str | None = None
-    crops: tuple[str, ...] | None = None
-    classes: tuple[str, ...] | None = None
+    crops: Sequence[str] | None = None
+    classes: Sequence[str] | None = None
     tables: Path | None = None
     meshes: Path | None = None
 
@@ -125,13 +125,15 @@ def collect_layers(sources: ViewSources) -> Layers:
             raise MissingError(f"{option}: there is no folder {folder}; give one that measure (mesh) wrote")
     catalog = None if sources.data_root is None else Catalog.open(sources.data_root)
     found = Layers(_data_set(sources, catalog))
+    if catalog is not None and found.dataset not in catalog.datasets:  # the results may be of another root
+        catalog = None
     results = {name: _stored(found, name, place, sources) for name, place in places.items() if place is not None}
     of_results = list(dict.fromkeys(item.crop for items in results.values() for item in items))
-    truth = [] if catalog is None or found.dataset not in catalog.datasets else catalog.crop_names(found.dataset)
+    truth = [] if catalog is None else catalog.crop_names(found.dataset)
     tests = {} if sources.data_root is None else _test_boxes(sources.data_root, found.dataset)
     named = _named(sources.crops, [*truth, *of_results, *tests])
     focus: list[Box] = []
-    if catalog is not None and found.dataset in catalog.datasets:
+    if catalog is not None:
         predicted = {item.class_name for items in results.values() for item in items}
         chosen = _first(found, "truth", [name for name in of_results if name in truth], truth, named)
         focus += _of_root(found, catalog, sources, chosen, predicted)
@@ -156,11 +158,7 @@ def _look_at(found: Layers, focus: Sequence[Box], named: Sequence[str] | None) -
 
 
 def _test_boxes(root: str, dataset: str) -> dict[str, Box]:
-    boxes: dict[str, Box] = {}
-    for row in CropTable.of_root(root):
-        if row.dataset == dataset:
-            boxes[row.crop_name] = boxes.get(row.crop_name, row.grid.box).hull(row.grid.box)
-    return boxes
+    return {crop: box for (name, crop), box in CropTable.of_root(root).boxes().items() if name == dataset}
 
 
 def _named(wanted: Sequence[str] | None, there: Sequence[str]) -> list[str] | None:
@@ -168,9 +166,7 @@ def _named(wanted: Sequence[str] | None, there: Sequence[str]) -> list[str] | No
     if wanted is None:
         return None
     names = [f"crop{name}" if name.isdigit() else name for name in wanted]
-    for name in names:
-        if name not in there:
-            raise unknown_name("crop", name, there)
+    require_known("crop", names, there)
     return names
 
 
@@ -195,8 +191,7 @@ def _data_set(sources: ViewSources, catalog: Catalog | None) -> str:
             raise MissingError(f"nothing at {place}; give a folder that predict or decode wrote")
         of_results |= {n.removesuffix(".zarr") for n in store.list_groups(str(place)) if n.endswith(".zarr")}
     if sources.dataset is not None:
-        if sources.dataset not in of_root | of_results:
-            raise unknown_name("data set", sources.dataset, of_root | of_results)
+        require_known("data set", [sources.dataset], of_root | of_results)
         return sources.dataset
     names = sorted(of_results or of_root)  # of the many data sets of a root, the predicted ones are meant
     if not names:
@@ -214,7 +209,7 @@ def _of_root(
     add_raw(found, catalog.raw_location(found.dataset))
     opened = [catalog.crop(found.dataset, name) for name in crops]
     there = {name for crop in opened for name in crop.labels}
-    wanted = sources.classes or (tuple(sorted(predicted & there)) or None)
+    wanted = sources.classes or sorted(predicted & there) or None
     shown = {}
     for crop in opened:
         classes = _chosen("class", wanted, sorted(crop.labels), may_be_missing=len(opened) > 1 or bool(predicted))
@@ -393,7 +388,6 @@ def _chosen(
     """Return the wanted names that exist, None for all; `UnknownNameError` for one that does not."""
     if wanted is None:
         return list(there)
-    for name in wanted:
-        if name not in there and not may_be_missing:
-            raise unknown_name(what, name, there)
+    if not may_be_missing:
+        require_known(what, wanted, there)
     return [name for name in there if name in wanted]

@@ -88,14 +88,12 @@ class VolumeServer(LocalServer):
 
     any_origin = True
 
-    def __init__(
-        self, roots: Mapping[str, Path], made: Mapping[str, Made], address: str = LOOPBACK, port: int = 0
-    ) -> None:
-        """Start to serve ``roots`` and ``made`` under their names; ``port`` 0: any free port."""
+    def __init__(self, roots: Mapping[str, Path], made: Mapping[str, Made], address: str = LOOPBACK) -> None:
+        """Start to serve ``roots`` and ``made`` under their names, at any free port."""
         self._places = {name: Path(root).resolve() for name, root in roots.items()}
         self._made = made
         self._document = lru_cache(maxsize=_KEPT)(lambda name, path: made[name](path))
-        super().__init__(address, port)
+        super().__init__(address)
 
     def get(self, path: str) -> Answer:
         """Return a file of a root, or a document of a made volume."""
