@@ -7,6 +7,7 @@ instance begins.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from connectomics.geometry import Triple, triple
 from connectomics.progress import Progress, silent
 
 _MOST_CROPS = 12  # most crops whose thickness is measured per class, spread over the data sets
+_SMALL = 0.05  # share of the instances that count as small
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class ClassFacts:
         chord_nm: mean chord in some crops of each data set, None if the class is present nowhere.
         test_nm: median voxel size of the class in the challenge, None if it has none.
         touching: share of the faces of instances that are shared with another instance, 0 without instance IDs.
+        small_nm3: 5 % of the instances in these crops have this volume or less, nm^3; 0 without instance IDs.
     """
 
     name: str
@@ -43,6 +46,7 @@ class ClassFacts:
     chord_nm: float | None
     test_nm: float | None
     touching: float = 0.0
+    small_nm3: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ def data_facts(
 def _class_facts(name: str, crops: Sequence[Crop], test_sizes: Sequence[float] | None) -> ClassFacts:
     own = [crop for crop in crops if name in crop.labels and crop.labels[name].grid.size]
     volumes = np.zeros(2)  # present and known, um^3
-    lengths, runs, shared = np.zeros(3), np.zeros(3), 0
+    lengths, runs, shared, sizes = np.zeros(3), np.zeros(3), 0, list[float]()
     may_have = []
     for crop in own:
         counts = said_counts(crop.labels[name])
@@ -108,8 +112,8 @@ def _class_facts(name: str, crops: Sequence[Crop], test_sizes: Sequence[float] |
         crop, counts = may_have[place]
         if number >= _MOST_CROPS and runs.any():
             break
-        found, length, begun, touches = _measure(crop.labels[name])
-        lengths, runs, shared = lengths + length, runs + begun, shared + touches
+        found, length, begun, touches, instances = _measure(crop.labels[name])
+        lengths, runs, shared, sizes = lengths + length, runs + begun, shared + touches, sizes + instances
         if counts is None:
             volumes += found
     return ClassFacts(
@@ -118,6 +122,7 @@ def _class_facts(name: str, crops: Sequence[Crop], test_sizes: Sequence[float] |
         chord_nm=float(np.mean(lengths / runs)) if runs.all() else None,
         test_nm=float(np.median(test_sizes)) if test_sizes else None,
         touching=float(shared / runs.sum()) if runs.all() else 0.0,
+        small_nm3=float(np.quantile(sizes, _SMALL, method="lower")) if sizes else 0.0,
     )  # fmt: skip
 
 
@@ -132,23 +137,31 @@ def across_datasets(crops: Sequence[Crop]) -> list[int]:
     return sorted(rank, key=lambda number: rank[number])
 
 
-def _measure(label: LabelArray) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64], int]:
-    """Measure a label array: present and known volume (um^3), total length (nm) and number of runs per axis; touches.
+def _measure(
+    label: LabelArray,
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64], int, list[float]]:
+    """Measure a label array: present and known volume (um^3), total length (nm) and number of runs per axis; touches;
+    volumes of the instances (nm^3), as far as they lie in the array.
 
     A run is a line of present voxels of one instance. Touches are runs that begin where another instance ends.
     """
     size = np.asarray(label.grid.voxel_size)
     volumes, lengths, runs, touches = np.zeros(2), np.zeros(3), np.zeros(3, np.int64), 0
+    instances = Counter[int]()
     before: NDArray[Any] | None = None  # the last plane of the block above, where runs along z may start
     for _, _, stored, inside, known in label.blocks():
-        ids = np.where(inside, stored, 0) if label.annotation.kind == "instance" else inside
+        ids = inside
+        if label.annotation.kind == "instance":
+            ids = np.where(inside, stored, 0)
+            found, voxels = np.unique(stored[inside], return_counts=True)
+            instances.update(dict(zip(found.tolist(), voxels.tolist(), strict=True)))
         count = np.array([np.count_nonzero(inside), np.count_nonzero(known)])
         volumes += count * (float(size.prod()) / 1e9)
         lengths += count[0] * size
         begun, touching = _run_starts(ids, before)
         runs, touches = runs + begun, touches + touching
         before = ids[-1]
-    return volumes, lengths, runs, touches
+    return volumes, lengths, runs, touches, [n * float(size.prod()) for n in instances.values()]
 
 
 def _run_starts(ids: NDArray[Any], before: NDArray[Any] | None) -> tuple[NDArray[np.int64], int]:

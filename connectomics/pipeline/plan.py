@@ -260,6 +260,10 @@ def _plan(
     for facts, _ in group:
         if facts.touching > TOUCHING:
             _choose_instances(plan, facts, planes=machine.gpu is None)
+        elif facts.small_nm3 and facts.test_nm is None:
+            _decode(plan, facts, {"method": "cc3d"}, "its labels are instances, and they do not touch")
+        if facts.small_nm3:
+            _decode(plan, facts, {"min_size_nm3": float(f"{facts.small_nm3:.1e}")}, "95 % of its instances are larger")
     _choose_training(plan)
     voxels = data.volume_um3 * 1e9 / math.prod(voxel)
     disk = voxels * 3 * 8  # raw and labels, with as much context again on each side
@@ -350,11 +354,16 @@ def _choose_instances(plan: Plan, facts: ClassFacts, *, planes: bool) -> None:
     assert facts.chord_nm is not None
     head = {"kind": "boundary" if planes else "affinities", "class_name": facts.name}
     watershed = {"method": "watershed", "height": "boundary", "min_distance_nm": round(facts.chord_nm / 2)}
-    decoding = watershed if planes else {"method": "mutex_watershed"}
     why = f"{facts.touching:.0%} of the faces of {facts.name} instances touch another instance"
     plan.choose("model.heads", [*plan.settings.get("model.heads", []), head], why)
-    classes = {**plan.settings.get("decoding.classes", {}), facts.name: decoding}
-    plan.choose("decoding.classes", classes, f"{facts.name} is separated by the head")
+    _decode(plan, facts, watershed if planes else {"method": "mutex_watershed"}, "it is separated by the head")
+
+
+def _decode(plan: Plan, facts: ClassFacts, how: dict[str, Any], why: str) -> None:
+    """Add decoding parameters of a class."""
+    classes = plan.settings.setdefault("decoding.classes", {})
+    classes[facts.name] = {**classes.get(facts.name, {}), **how}
+    plan.reasons += [f"decoding.classes.{facts.name}.{key} = {value}: {why}" for key, value in how.items()]
 
 
 def _choose_training(plan: Plan) -> None:

@@ -71,6 +71,24 @@ def test_instances_that_touch_get_a_head_that_separates_them(tmp_path: Path, mon
         assert plans[0].settings["decoding.classes"]["cell"]["method"] == method
 
 
+def test_instances_have_a_minimum_size_by_what_is_annotated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forty rods of 1 to 40 voxels, in two crops and blocks of one plane: 5 % are two; ``er`` has no IDs."""
+    monkeypatch.setattr(catalog, "_BLOCK_VOXELS", 1)
+    grid = grid_of((40, 80, 4), 10.0)
+    ids = np.zeros(grid.shape, np.uint16)
+    for n in range(40):
+        ids[: n + 1, 2 * n, 1] = 300 + n
+    write_raw(tmp_path, "set", np.zeros(grid.shape, np.uint8), grid)
+    for name in ("ves", "synapse"):
+        for crop, part in (("crop1", ids < 320), ("crop2", ids >= 320)):
+            write_label(tmp_path, "set", crop, name, ids * part, grid, kind="instance")
+    write_label(tmp_path, "set", "crop1", "er", (ids > 0).astype(np.uint8), grid)
+    data = data_facts(str(tmp_path), ["ves", "synapse", "er"])
+    assert [facts.small_nm3 for facts in data.classes] == [2000.0, 2000.0, 0.0]
+    decoding = {name: how for plan in propose(data, CPU, "r") for name, how in plan.config().decoding.classes.items()}
+    assert decoding == {"ves": {"min_size_nm3": 2000.0}, "synapse": {"method": "cc3d", "min_size_nm3": 2000.0}}
+
+
 @pytest.mark.slow
 def test_a_step_with_a_head_is_tried(tmp_path: Path) -> None:
     one = next(plan for plan in propose(cubes_that_touch(tmp_path), CPU, "r") if "cell" in plan.classes)
