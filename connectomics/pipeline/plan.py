@@ -274,6 +274,9 @@ def _plan(
     rare = [facts.name for facts, _ in group if facts.share < 0.01]
     if rare:
         plan.choose("data.sampling", {"class": 1.0}, f"{', '.join(rare)} fill less than 1 % of the known voxels")
+        if machine.gpu is None:  # batches of many patches
+            pooled = {"DiceLoss": {"pooled": True}}
+            plan.choose("model.loss_options", pooled, "Dice of whole batches, since most patches lack a rare class")
     return plan
 
 

@@ -138,6 +138,15 @@ def test_thin_classes_are_fine_and_large_ones_coarse(balls: Path) -> None:
         assert plan.config().dataset.classes == list(plan.classes)
 
 
+def test_rare_classes_are_drawn_and_counted_by_batch(balls: Path) -> None:
+    data = data_facts(str(balls), ["nuc"])
+    rare = replace(data, classes=tuple(replace(facts, share=0.009) for facts in data.classes))
+    for machine, options in ((CPU, {"DiceLoss": {"pooled": True}}), (H200, {})):
+        (often,), (seldom,) = propose(data, machine, "r"), propose(rare, machine, "r")
+        assert (often.config().data.sampling, seldom.config().data.sampling) == ({}, {"class": 1.0})
+        assert (often.config().model.loss_options, seldom.config().model.loss_options) == ({}, options)
+
+
 def test_the_machine_decides_the_network(balls: Path) -> None:
     data = data_facts(str(balls), ["nuc"])
     (large,), (small,) = propose(replace(data, raw_extents_nm=(1e5,) * 3), H200, "r"), propose(data, CPU, "r")
