@@ -196,7 +196,7 @@ def test_decode_gives_the_same_whole_and_block_by_block(tmp_path, method):
     for limit in (10**9, 0):
         out = tmp_path / f"labels{limit}"
         (done,) = decode_predictions(tmp_path / "in", out, parameters, classes=["cell"], blockwise_above=limit)
-        results.append((read(done.location), done.objects, (out / "d.zarr/c/cell/instances.csv").read_bytes()))
+        results.append((read(done.job.location), done.objects, (out / "d.zarr/c/cell/instances.csv").read_bytes()))
     np.testing.assert_array_equal(results[0][0], results[1][0])
     assert results[0][1:] == results[1][1:]
 

@@ -137,7 +137,7 @@ def test_objects_that_share_a_face_are_told_apart_whole_and_block_by_block(tmp_p
     for limit in (0, 10**9):
         chosen = DecodeParameters(method="watershed", height=kind)
         (done,) = decode_predictions(tmp_path / "in", tmp_path / f"l{limit}", {"mito": chosen}, blockwise_above=limit)
-        labels = read(done.location)
+        labels = read(done.job.location)
         assert done.objects == 2
         assert (labels == ids).mean() > 0.98  # they meet within the width of the border
 

@@ -261,7 +261,7 @@ def test_accepted_blocks_are_unknown_from_the_prediction_to_the_labels(raw, tmp_
         out = tmp_path / name
         (labels,) = decode_predictions(tmp_path / "out", out, {"mito": holes}, blockwise_above=above)
         assert labels.objects == 2
-        found = Multiscale.open(labels.location)
+        found = Multiscale.open(labels.job.location)
         assert found.attrs["connectomics"]["unknown"] == [unknown]
         values, _ = found.read_level(0, (0, 0, 0), GRID.shape)
         assert np.array_equal(values > 0, expected > 0)
@@ -278,7 +278,7 @@ def test_an_unknown_block_is_no_hole_to_be_filled(raw, tmp_path, above):
     run_predict_task(task, lambda x: torch.full_like(x, 0.8), accept=[13])
     holes = DecodeParameters(method="cc3d", fill_holes=True)
     (labels,) = decode_predictions(tmp_path / "out", tmp_path / "labels", {"mito": holes}, blockwise_above=above)
-    values, _ = Multiscale.open(labels.location).read_level(0, (0, 0, 0), grid.shape)
+    values, _ = Multiscale.open(labels.job.location).read_level(0, (0, 0, 0), grid.shape)
     expected = np.ones(grid.shape)
     expected[16:32, 16:32, 16:32] = 0
     assert np.array_equal(values, expected)

@@ -101,7 +101,7 @@ def test_predict_decode_and_evaluate_a_group(root: Path, tmp_path: Path) -> None
     assert 0.05 < total.mean() < total.max() < 0.9
     assert np.abs(values["mito"].astype(np.float32) - total).max() < 2e-3  # float16
     done = decode_predictions(out, tmp_path / "labels")
-    assert {item.class_name for item in done} == {*ATOMS, "mito"}
+    assert {item.job.class_name for item in done} == {*ATOMS, "mito"}
     scores = evaluate(tmp_path / "labels", str(root))
     assert "mito" in scores.classes  # its truth follows from the arrays of its atoms
 

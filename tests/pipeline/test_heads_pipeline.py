@@ -67,7 +67,7 @@ def test_predictions_of_heads_say_what_they_are(phantom: Path, tmp_path: Path, t
         tmp_path / "labels",
         decode_parameters(config.dataset.classes, None, {"mito": {"method": "mutex_watershed"}}),
     )
-    assert {done.class_name for done in labels} == {"mito", "nuc", "ld", "er"}
+    assert {done.job.class_name for done in labels} == {"mito", "nuc", "ld", "er"}
 
 
 def test_a_class_with_affinities_is_predicted_where_neighbours_are_neighbours(phantom: Path, tmp_path: Path) -> None:
