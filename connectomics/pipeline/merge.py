@@ -22,6 +22,7 @@ from connectomics.io.location import local_path
 from connectomics.io.place import remove_tree
 from connectomics.io.replacing import contains, has_keys, link_or_copy, not_ours, require_own, unfinished_folder
 from connectomics.io.write import ensure_group, write_file, write_json
+from connectomics.lightning.run_state import STATE_FILE
 from connectomics.pipeline.decode import decode_jobs, do_jobs
 from connectomics.pipeline.results import Labels, Probabilities
 from connectomics.pipeline.runs import Run, open_run
@@ -213,6 +214,8 @@ def merge(
     if tuned and len(tuned) != len(sources):
         raise InputError(f"--tuned: expected one folder for each of the {len(sources)} sources, got {len(tuned)}")
     target, settings = local_path(out), config or RunConfig()
+    if (target / STATE_FILE).exists():
+        raise not_ours(target, "merge")
     packs = target.suffix == ".zip"
     table = CropTable.resolve(crops or "challenge") if crops is not None or packs else None
     work = target.with_suffix(".merge") if packs else target

@@ -319,6 +319,10 @@ def test_what_is_refused(two: tuple[Path, Path], tmp_path: Path) -> None:
         merge([two[0]], out=two[0])
     with pytest.raises(InputError, match="at least 1"):
         merge([two[0]], out=tmp_path / "x", average=0)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/state.json").write_text("{}")  # of a training, as RUN RUN without an output would be
+    with pytest.raises(WriteError, match="run was not written by merge"):
+        merge([two[0]], out=tmp_path / "run")
     (tmp_path / "x/one.zarr/crop7/er").mkdir(parents=True)
     with pytest.raises(WriteError, match="was not written by merge"):
         merge([two[0]], out=tmp_path / "x", overwrite=True)
