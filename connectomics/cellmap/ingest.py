@@ -265,6 +265,21 @@ def drawn_by_table(source: VolumeSource, table: Path) -> list[Drawn]:
     return [Drawn(name, source, kinds[name], frozenset(found)) for name, found in values.items()]
 
 
+def unlisted_values(source: VolumeSource, drawn: Sequence[Drawn], known: Known | None = None) -> list[int]:
+    """Return annotated values of a label map, other than 0, that are no class of its table: the five smallest.
+
+    Args:
+        drawn: what `drawn_by_table` returned.
+        known: which voxels are annotated; None: all.
+    """
+    listed, found = set().union(*(item.values or () for item in drawn)), set[int]()
+    for begin, shape in _blocks(source):
+        values = source.read(begin, shape)
+        used = np.unique(values[(known or Known()).of(values, begin) & (values != 0)])
+        found = set(sorted(found.union(used.tolist()) - listed)[:5])
+    return sorted(found)
+
+
 @contextmanager
 def _placed(place: Path, overwrite: bool) -> Iterator[Path]:
     """A hidden folder that is renamed to ``place`` if the block completes."""

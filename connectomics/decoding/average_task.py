@@ -26,6 +26,8 @@ from connectomics.geometry import Box, Index, VoxelGrid
 from connectomics.io.artifacts import about, changed_inputs, identity, publish
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.replacing import not_ours
+from connectomics.io.sharded import Storage
+from connectomics.io.store import is_array
 from connectomics.io.write import ArrayWriter, create_array, ensure_group, multiscales_attrs, update_attrs
 from connectomics.tasks.block_task import TASK_FILE, BlockTask, BlockWorker, Cost, Worker
 from connectomics.tasks.blocks import Lattice, sync
@@ -40,6 +42,7 @@ class AverageTask(BlockTask):
         grid: the grid of the mean, nm; every input covers it to within one of its voxels.
         dtype: of the stored mean, ``uint8`` (255 p) or ``float16`` (p).
         block_shape: voxels in memory at a time, z y x; a multiple of the chunks.
+        storage: how the mean is stored.
     """
 
     kind: ClassVar[str] = "average"
@@ -50,6 +53,7 @@ class AverageTask(BlockTask):
     grid: VoxelGrid
     dtype: str = "uint8"
     block_shape: Index = (128, 128, 128)
+    storage: Storage = Storage()  # noqa: RUF009 (frozen)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "inputs", tuple(map(os.path.abspath, self.inputs)))
@@ -118,12 +122,15 @@ class AverageTask(BlockTask):
         if overwrite or not (self.folder / TASK_FILE).exists():
             shutil.rmtree(self.folder, ignore_errors=True)
             for group in (self.folder.parent.parent, self.folder.parent, self.folder):
-                ensure_group(group)
+                ensure_group(group, zarr_format=self.storage.zarr_format)
             self.begin()
 
     def prepare(self, stage: str) -> None:
-        if not (self.folder / "s0" / ".zarray").exists():
-            create_array(self.folder / "s0", self.grid.shape, self.dtype, grid=self.grid, overwrite=True)
+        if not is_array(self.folder / "s0"):
+            create_array(
+                self.folder / "s0", self.grid.shape, self.dtype, chunks=self.storage.chunk, grid=self.grid,
+                overwrite=True, shards=self.block_shape if self.storage.is_sharded else None,
+            )  # fmt: skip
 
     def blocks(self, stage: str) -> int:
         return len(self.lattice)
@@ -142,7 +149,8 @@ class AverageTask(BlockTask):
         for path in self.folder.glob(".done-*"):
             path.unlink(missing_ok=True)
         sync(os.fspath(self.folder))
-        update_attrs(self.folder, {"connectomics": ours, **multiscales_attrs([self.grid], Path(self.output).name)})
+        levels = multiscales_attrs([self.grid], Path(self.output).name, self.storage.zarr_format)
+        update_attrs(self.folder, {"connectomics": ours, **levels})
         publish(self.folder, Path(self.output))
 
     def cost(self, stage: str) -> Cost:

@@ -169,7 +169,8 @@ class StoredArray:
         locations = [self.chunk_location(i) for i in indexes]
         row = -(-self.shape[-1] // self.chunks[-1])
         least, most = (_LISTED_S3, _PAGE) if is_s3(self.location) else (_LISTED, 4 * shape[-1])
-        if self._sharding is not None and not was_forked():
+        if self._sharding is not None:
+            refuse_forked_process("shards of other programs")
             held = self._held(self._sharding, set(locations))
             places = ([*[0] * self.leading, *index] % self._per_file for index in indexes)
             found = [at.astype(">u4").tobytes() in held[file] for at, file in zip(places, locations, strict=True)]
@@ -229,13 +230,13 @@ class StoredArray:
             values = self._decode(low, high, absent_is_error=True)
             if values is not None:
                 return values, np.ones(shape, bool)
-        present = self.present_chunks(first, last)
-        if absent_is_missing and not present.any():
+        present = self.present_chunks(first, last) if absent_is_missing else np.ones((), bool)
+        if not present.any():
             return np.zeros(shape, self.dtype), np.zeros(shape, bool)
         values = self._decode(low, high)
         assert values is not None
         self.check_still_there()  # else chunks that vanished meanwhile would count as absent
-        if present.all() or not absent_is_missing:
+        if present.all():
             return values, np.ones(shape, bool)
         chunk_of = [np.arange(lo, h) // c - f for lo, h, c, f in zip(low, high, self.chunks, first, strict=True)]
         inside = present[np.ix_(*chunk_of)]
@@ -260,7 +261,7 @@ class StoredArray:
         that tensorstore lacks (LZ4, filters), and in a forked process, where tensorstore would abort."""
         if was_forked():
             if is_s3(self.location):
-                refuse_forked_process()
+                refuse_forked_process("S3")
             if self._in_child is None:
                 self._in_child = self._zarr_array(ValueError("this process was forked"))
             return self._in_child, None

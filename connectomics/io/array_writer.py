@@ -67,7 +67,8 @@ class ArrayWriter:
     def write(self, begin: Sequence[int], block: NDArray[Any]) -> None:
         """Store ``block`` with its first voxel at index ``begin`` (voxels, z y x).
 
-        The block must lie inside the array, and its dtype must be castable ("same_kind").
+        The block must lie inside the array, and its dtype must be castable ("same_kind"), integers without
+        overflow.
 
         Raises:
             InputError: the block does not fit. WriteError: disk full, no permission.
@@ -84,6 +85,10 @@ class ArrayWriter:
             raise InputError(f"{self.location} holds {self.dtype}; cannot write {block.dtype} without loss: convert it")
         if block.size == 0:
             return
+        if block.dtype.kind in "iu" and self.dtype.kind in "iu" and not np.can_cast(block.dtype, self.dtype):
+            held = np.iinfo(self.dtype)
+            if block.min() < held.min or block.max() > held.max:
+                raise InputError(f"{self.location} holds {self.dtype}; cannot write {block.min()} to {block.max()}")
 
         def write(part: _Part) -> None:
             index, inner, outer = part

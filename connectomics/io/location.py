@@ -87,12 +87,15 @@ def was_forked() -> bool:
     return _first_user() != os.getpid()
 
 
-def refuse_forked_process() -> None:
-    """Raise `EngineError` in a process forked after its parent read a volume; local arrays can still be read there."""
+def refuse_forked_process(what: str) -> None:
+    """Raise `EngineError` for ``what`` in a process forked after its parent read a volume.
+
+    Local arrays that are not sharded, or that this program wrote, can still be read there.
+    """
     if was_forked():
         raise EngineError(
-            "cannot read from S3 in a process that was forked after its parent had read a volume; start workers with "
-            "'forkserver' or 'spawn', such as DataLoader(..., multiprocessing_context='forkserver')"
+            f"cannot read from {what} in a process that was forked after its parent had read a volume; start "
+            "workers with 'forkserver' or 'spawn', such as DataLoader(..., multiprocessing_context='forkserver')"
         )
 
 

@@ -134,6 +134,11 @@ class _Ranges(RawIOBase):
         return len(data)
 
 
+def array_place(root: Path, dataset: str, crop: str, name: str) -> Path:
+    """Return the folder of a class of a crop, below predictions or labels: ``{root}/{dataset}.zarr/{crop}/{name}``."""
+    return root / f"{dataset}.zarr" / crop / name
+
+
 def place(location: Location) -> Path:
     """Return a local path with ``~`` expanded, or an `S3Path` for an S3 URL (also one that went through `Path`)."""
     text = re.sub("^s3:/+", "s3://", os.fspath(location))

@@ -305,7 +305,7 @@ def _asked(
     condition of the second does not hold)."""
     from obstore.exceptions import BaseError
 
-    refuse_forked_process()
+    refuse_forked_process("S3")
     if writes:
         require_credentials(bucket, key)
     signed = writes or is_signed(bucket, options)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -57,6 +58,11 @@ class Storage:
         return cls(
             config.format, (chunk[0], chunk[1], chunk[2]), None if shard is None else (shard[0], shard[1], shard[2])
         )
+
+    @classmethod
+    def like(cls, folder: Path) -> Storage:
+        """Return how to store an array beside or instead of the group or array at ``folder``: in the same format."""
+        return cls("0.5" if (folder / "zarr.json").exists() else "0.4")
 
     @property
     def is_sharded(self) -> bool:

@@ -9,22 +9,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from connectomics.config.output import OutputConfig
 from connectomics.config.values import read
 from connectomics.decoding.edit_task import EditTask
 from connectomics.decoding.edits import Edit, linked, read_edits
 from connectomics.decoding.label_artifact import BLOCK
 from connectomics.decoding.parameters import METHODS, DecodeParameters
-from connectomics.errors import InputError, MissingError, number_of
+from connectomics.errors import InputError, number_of
 from connectomics.io.artifacts import about
 from connectomics.io.location import local_path
 from connectomics.io.multiscale import Multiscale
+from connectomics.io.place import array_place
 from connectomics.io.sharded import Storage
 from connectomics.io.write import update_attrs, write_file
+from connectomics.pipeline.measure import run_tasks
 from connectomics.pipeline.results import Labels, Place, find_labels
-from connectomics.progress import Progress, named, silent
-from connectomics.tasks import open_engine, run_task
-from connectomics.tasks.block_task import TASK_FILE
+from connectomics.progress import Progress, silent
 
 if TYPE_CHECKING:
     from connectomics.config.schema import EngineConfig
@@ -103,16 +102,16 @@ def _placed(edit: Edit, places: Sequence[Place], log: str | Path) -> Edit:
 
 
 def _task(root: Path, out: Path, place: Place, edits: Sequence[Edit]) -> EditTask:
-    dataset, crop, name = place
-    folder = root / f"{dataset}.zarr" / crop
+    name = place[2]
+    folder = array_place(root, *place).parent
     names, own = linked(edits, name)
     said = about(folder / name)
     parameters = DecodeParameters(method="cc3d")
     if said.get("decode", {}).get("method") in METHODS:  # else a decoder of a plugin, or labels from elsewhere
         parameters = read(DecodeParameters, said["decode"], str(folder / name))
-    storage = Storage.of(OutputConfig(format="0.5")) if (folder / name / "zarr.json").exists() else Storage()
+    storage = Storage.like(folder / name)
     return EditTask(
-        input=str(folder / name), output=str(out / f"{dataset}.zarr" / crop / name), class_name=name,
+        input=str(folder / name), output=str(array_place(out, *place)), class_name=name,
         parameters=parameters, block_shape=storage.block(BLOCK), source=said.get("source", {}), storage=storage,
         pyramid=len(Multiscale.open(folder / name).levels) > 1, edits=tuple(own),
         others={other: str(folder / other) for other in names[1:]},
@@ -127,18 +126,11 @@ def run_edits(
     Warns of new instances without voxels: the other class has instances at all voxels of what was reclassified.
     """
     out = Path(tasks[0].output).parents[2]
-    begun = any((task.folder / TASK_FILE).exists() or Path(task.output).exists() for task in tasks)
-    if resume and not overwrite and not begun:
-        raise MissingError(f"--resume: nothing was begun below {out}; leave it out to begin")
-    for task in tasks:
-        task.check(overwrite=task.starts_over(overwrite=overwrite, resume=resume))
-    with open_engine(engine) as workers:
-        for task in tasks:
-            run_task(task, workers, named(progress, task.name), overwrite=overwrite, resume=resume)
-            update_attrs(Path(task.output).parent, {"connectomics": {"artefact": "labels", "complete": True}})
+    run_tasks(tasks, out, engine, progress, overwrite=overwrite, resume=resume)
     found: dict[int, dict[str, Any]] = {}
     for task in tasks:
         *_, dataset, crop, _ = Path(task.output).parts
+        update_attrs(Path(task.output).parent, {"connectomics": {"artefact": "labels", "complete": True}})
         done = linked(task.edits, task.class_name)[1]  # their lines may be others than those of a log that came before
         for step in [{**s, "line": e.line} for s, e in zip(about(task.output).get("edits", []), done, strict=True)]:
             if step["line"] not in found or "to" in step or "voxels" in step:  # elsewhere what leaves is deleted

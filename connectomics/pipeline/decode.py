@@ -41,14 +41,14 @@ from connectomics.decoding.watershed.watershed_task import WatershedTask
 from connectomics.errors import BlocksFailedError, InputError, MissingError, WriteError
 from connectomics.io.artifacts import Provenance, is_complete
 from connectomics.io.multiscale import Multiscale
-from connectomics.io.place import output_place, place
+from connectomics.io.place import array_place, output_place, place
 from connectomics.io.sharded import Storage
 from connectomics.io.write import update_attrs
 from connectomics.morphology.block_sums import compact
 from connectomics.pipeline.results import Labels, Probabilities, chosen_arrays
 from connectomics.progress import Progress, named, silent
 from connectomics.tasks import open_engine, run_task
-from connectomics.tasks.block_task import TASK_FILE, starts_over
+from connectomics.tasks.block_task import TASK_FILE, require_begun, starts_over
 from connectomics.tasks.lock import leading
 from connectomics.tasks.pool import Engine
 from connectomics.tasks.pyramid import pyramid_grids
@@ -145,8 +145,7 @@ def do_jobs(
         overwrite, resume, progress: as for `decode`.
     """
     begun = any(job.location.exists() or partial_of(job.location).exists() for job in jobs)
-    if resume and not overwrite and jobs and not begun:
-        raise MissingError(f"--resume: nothing was begun below {jobs[0].location.parents[2]}; leave it out to begin")
+    require_begun(begun or not jobs, jobs and jobs[0].location.parents[2], overwrite=overwrite, resume=resume)
     shared = engine is not None and engine.share
     resume = resume or shared  # what other jobs have written is kept
     for job in jobs:
@@ -301,7 +300,7 @@ def decode_jobs(
         chosen = (parameters or {}).get(name) or default_parameters(name)
         boundary = open_boundary(source, chosen)
         head = StoredHead.open(source, "distance") if chosen.height == "distance" else None
-        location = out / f"{dataset}.zarr" / crop / name
+        location = array_place(out, dataset, crop, name)
         siblings = tuple(n for d, c, n in found if (d, c) == (dataset, crop))
         kind = task_of(chosen, source.levels[0].grid.size > blockwise_above)
         levels = wants_pyramid(pyramid, source.levels[0].grid.size)

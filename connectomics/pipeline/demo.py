@@ -22,6 +22,7 @@ from connectomics.decoding.parameters import DecodeParameters, decode_parameters
 from connectomics.errors import InputError, MissingError
 from connectomics.io.artifacts import Provenance, put_aside
 from connectomics.io.multiscale import Multiscale
+from connectomics.io.place import array_place
 from connectomics.io.replacing import not_ours
 from connectomics.io.sharded import Storage
 from connectomics.io.write import update_attrs, write_file
@@ -230,7 +231,7 @@ def write_labels(
         labels = decode_class((values >= low) & (values <= high) & inside, grid.voxel_size, chosen)
         source = {"baseline": {"low": low, "high": high}}
         attrs = label_attrs(grid, entry.class_name, chosen, source, Provenance(), int(labels.max(initial=0)))
-        location = output_dir / f"{entry.dataset}.zarr" / entry.crop_name / entry.class_name
+        location = array_place(output_dir, entry.dataset, entry.crop_name, entry.class_name)
         existing_labels(
             location, chosen, {}, Storage(), overwrite=True
         )  # refuses to replace files that decode did not write

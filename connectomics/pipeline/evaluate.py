@@ -15,6 +15,7 @@ from connectomics.errors import MissingError
 from connectomics.io.artifacts import require_complete
 from connectomics.io.location import local_path
 from connectomics.io.multiscale import Multiscale
+from connectomics.io.place import array_place
 from connectomics.io.replacing import has_column, has_keys, require_own
 from connectomics.metrics.cellmap_metrics import Counts
 from connectomics.metrics.challenge.results import moves
@@ -73,7 +74,7 @@ def evaluate(
     for done, (dataset, crop, name) in enumerate(found, start=1):
         key, row, about = f"{dataset}/{crop}/{name}", None, dict[str, Any]()
         if dataset in catalog.datasets and crop in catalog.crop_names(dataset):
-            location = folder / f"{dataset}.zarr" / crop / name
+            location = array_place(folder, dataset, crop, name)
             about = require_complete(location, "labels")
             row = _compare(Multiscale.open(location), catalog.crop(dataset, crop), name, rules)
         if row is None:

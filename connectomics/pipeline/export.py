@@ -18,6 +18,7 @@ from connectomics.io.artifacts import require_complete
 from connectomics.io.formats.tiff import write_tiff
 from connectomics.io.location import local_path
 from connectomics.io.multiscale import Multiscale
+from connectomics.io.place import array_place
 from connectomics.pipeline.results import ArrayFolder, Labels, Probabilities, chosen_arrays
 from connectomics.progress import Progress, silent
 from connectomics.submission import ExportResult, export_submission
@@ -101,7 +102,7 @@ def export_tiff(
             f"a TIFF stack holds one array, and {len(fits)} in {folder} fit: {names}; choose one by --class, --dataset "
             "and --crop"
         )
-    place = folder / f"{fits[0][0]}.zarr" / fits[0][1] / fits[0][2]
+    place = array_place(folder, *fits[0])
     require_complete(place, foreign=True)
     source = Multiscale.open(place)
     begin, grid = source.grid.part(source.grid.box if region is None else region)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 from connectomics.cellmap.catalog import Catalog
-from connectomics.cellmap.ingest import Drawn, Known, drawn_by_table, ingest_labels, ingest_raw
+from connectomics.cellmap.ingest import Drawn, Known, drawn_by_table, ingest_labels, ingest_raw, unlisted_values
 from connectomics.errors import InputError
 from connectomics.geometry import Triple
 from connectomics.io.formats import VolumeSource, open_volume
 from connectomics.pipeline.proposals import ingest_proposals
 from connectomics.progress import Progress, Shown, showing
+
+log = logging.getLogger(__name__)
 
 _KINDS = ("", "semantic", "instance")
 _SOURCES = "give --dataset with --raw, --labels CLASS=FILE or --label-map, or give --proposals"
@@ -82,22 +85,30 @@ def ingest(
         if raw is not None:
             source = stack.enter_context(open_volume(raw, format_name))
             with show(f"raw {source.location}") as advance:
-                made = ingest_raw(
-                    place, dataset, source, voxel_size, value_range, overwrite=overwrite, progress=advance
-                )
-            tell(made)
+                where = (place, dataset, source, voxel_size, value_range)
+                tell(ingest_raw(*where, overwrite=overwrite, progress=advance))
         files = {head: stack.enter_context(open_volume(file, format_name)) for head, file in (labels or {}).items()}
         drawn = [_drawn(head, volume) for head, volume in files.items()]
-        if label_map is not None and values is not None:
-            drawn += drawn_by_table(stack.enter_context(open_volume(label_map, format_name)), Path(values))
+        together = None if label_map is None else stack.enter_context(open_volume(label_map, format_name))
+        listed = [] if together is None or values is None else drawn_by_table(together, Path(values))
         mask = None if known is None else stack.enter_context(open_volume(known, format_name))
+        annotated = Known(unknown, mask, slices)
         start = None if begin is None else (begin[0], begin[1], begin[2])
-        for item in drawn:
+        for item in (*drawn, *listed):
             with show(f"labels of {item.class_name}") as advance:
-                where = (place, dataset, crop, item, voxel_size, start, Known(unknown, mask, slices))
-                made = ingest_labels(*where, overwrite=overwrite, progress=advance)
-            tell(made)
+                what = (place, dataset, crop, item, voxel_size, start, annotated)
+                tell(ingest_labels(*what, overwrite=overwrite, progress=advance))
+        if listed:
+            _name_unlisted(listed, annotated, str(values))
     return Catalog.open(str(root))
+
+
+def _name_unlisted(drawn: Sequence[Drawn], annotated: Known, table: str) -> None:
+    if others := unlisted_values(drawn[0].source, drawn, annotated):
+        log.warning(
+            "%s holds %s, but %s does not say what they mean, so they are none of its classes; give --unknown for the "
+            "value of voxels that nobody annotated", drawn[0].source.location, ", ".join(map(str, others)), table,
+        )  # fmt: skip
 
 
 def _drawn(head: str, volume: VolumeSource) -> Drawn:

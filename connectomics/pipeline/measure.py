@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from connectomics.errors import MissingError, require_known
 from connectomics.geometry import Index, index
 from connectomics.io.location import absolute
-from connectomics.io.place import output_place
+from connectomics.io.place import array_place, output_place
 from connectomics.io.place import place as place_of
 from connectomics.io.tables import check_format
 from connectomics.morphology.block_sums import BLOCK
@@ -28,10 +28,11 @@ from connectomics.morphology.mesh_task import MeshTask
 from connectomics.pipeline.results import Place, find_labels
 from connectomics.progress import Progress, named, silent
 from connectomics.tasks import open_engine, run_task
-from connectomics.tasks.block_task import TASK_FILE
+from connectomics.tasks.block_task import TASK_FILE, require_begun
 
 if TYPE_CHECKING:
     from connectomics.config.schema import EngineConfig
+    from connectomics.decoding.edit_task import EditTask
 
 
 def measure_labels(
@@ -67,7 +68,7 @@ def measure_labels(
 
 
 def run_tasks(
-    tasks: Sequence[TableTask | MeshTask],
+    tasks: Sequence[TableTask | MeshTask | EditTask],
     out: Path,
     engine: EngineConfig | None,
     progress: Progress,
@@ -77,15 +78,15 @@ def run_tasks(
     around: Callable[[Path], AbstractContextManager[None]] = lambda folder: nullcontext(),
 ) -> None:
     """Check all tasks with output below ``out``, then do what is missing of each, within ``around`` of its folder."""
-    begun = any((task.folder / TASK_FILE).exists() or place_of(task.output).is_file() for task in tasks)
-    if resume and not overwrite and not begun:
-        raise MissingError(f"--resume: nothing was begun below {out}; leave it out to begin")
+    begun = any((task.folder / TASK_FILE).exists() or place_of(task.output).exists() for task in tasks)
+    require_begun(begun, out, overwrite=overwrite, resume=resume)
     for task in tasks:
         task.check(overwrite=task.starts_over(overwrite=overwrite, resume=resume))
     with open_engine(engine) as workers:
         for task in tasks:
             with around(task.folder):
-                if not run_task(task, workers, named(progress, task.name), overwrite=overwrite, resume=resume):
+                done = run_task(task, workers, named(progress, task.name), overwrite=overwrite, resume=resume)
+                if not done and isinstance(task, TableTask | MeshTask):
                     task.clean()
 
 
@@ -155,8 +156,7 @@ def measure_tasks(
 
 def open_labels(root: Path, place: Place) -> LabelVolume:
     """Return one label volume of a folder; errors as `LabelVolume.open`."""
-    dataset, crop, name = place
-    return LabelVolume.open(dataset, crop, absolute(root / f"{dataset}.zarr" / crop / name))
+    return LabelVolume.open(*place[:2], absolute(array_place(root, *place)))
 
 
 def _contact_block(block: Index, inputs: Sequence[LabelVolume], nm: float) -> Index:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from connectomics.cellmap.crop_table import CropTable
@@ -13,21 +13,23 @@ from connectomics.config import RunConfig
 from connectomics.config.schema import EngineConfig
 from connectomics.config.values import plain
 from connectomics.decoding.average_task import AverageTask
-from connectomics.decoding.parameters import AFFINITY_METHODS, DecodeParameters, decode_parameters, default_parameters
+from connectomics.decoding.parameters import DecodeParameters, decode_parameters
 from connectomics.decoding.prediction import find_arrays, networks_of, open_prediction
-from connectomics.errors import InputError, MissingError, WriteError, as_write_error, number_of, unknown_name
+from connectomics.errors import InputError, MissingError, WriteError, as_write_error, number_of
 from connectomics.geometry import VoxelGrid
 from connectomics.io.artifacts import about, publish
 from connectomics.io.location import local_path
-from connectomics.io.place import remove_tree
+from connectomics.io.place import array_place, remove_tree
 from connectomics.io.replacing import contains, has_keys, link_or_copy, not_ours, require_own, unfinished_folder
+from connectomics.io.sharded import Storage
 from connectomics.io.write import ensure_group, write_file, write_json
 from connectomics.lightning.run_state import STATE_FILE
 from connectomics.pipeline.decode import decode_jobs, do_jobs
+from connectomics.pipeline.merge_choice import Candidate, Choice, choose
 from connectomics.pipeline.results import Labels, Probabilities
 from connectomics.pipeline.runs import Run, open_run
 from connectomics.pipeline.targets import predicted_classes
-from connectomics.pipeline.tune_results import ClassScore, run_scores, tuned_scores
+from connectomics.pipeline.tune_results import run_scores, tuned_scores
 from connectomics.progress import Progress, named, silent
 from connectomics.submission import ExportResult, export_submission
 from connectomics.tasks import open_engine, run_task
@@ -36,122 +38,6 @@ from connectomics.tasks.lock import leading
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """One prediction to merge.
-
-    Attributes:
-        folder: ``{folder}/{dataset}.zarr/{crop}/{class}``.
-        scores: by class.
-        network: run folder, checkpoint or package to predict into the folder first; None: it is predicted.
-        predicts: classes of the network.
-    """
-
-    folder: Path
-    scores: Mapping[str, ClassScore] = field(default_factory=dict, hash=False)
-    network: Path | None = None
-    predicts: frozenset[str] = frozenset()
-
-    @property
-    def classes(self) -> Collection[str]:
-        """Classes of the prediction, done or not."""
-        return self.predicts or {name for _, _, name in find_arrays(self.folder)}
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What is used for one class.
-
-    Attributes:
-        ranked: folders that have the class, best first.
-        average: how many of the first are averaged.
-        scores: validation score by folder.
-        parameters: to decode with.
-    """
-
-    class_name: str
-    ranked: tuple[Path, ...]
-    average: int
-    scores: Mapping[str, float]
-    measure: str
-    parameters: DecodeParameters
-
-    @property
-    def used(self) -> tuple[Path, ...]:
-        """The folders that are used where all of them have the crop."""
-        return self.ranked[: self.average]
-
-
-def choose(
-    candidates: Sequence[Candidate],
-    *,
-    average: int = 1,
-    classes: Collection[str] | None = None,
-    parameters: Mapping[str, DecodeParameters] | None = None,
-    fixed: Collection[str] = (),
-) -> dict[str, Choice]:
-    """Return what to use for each class.
-
-    Args:
-        average: number of predictions to average, the best by score.
-        classes: only these.
-        parameters: to decode with, by class, if the best prediction has no tuned ones; else the defaults of the class.
-        fixed: classes for which ``parameters`` also replace tuned ones.
-
-    Raises:
-        InputError: several predictions have a class and one of them has no score, or scores of different measures.
-        MissingError: a folder holds no predictions.
-        UnknownNameError: no prediction of a class.
-    """
-    if average < 1:
-        raise InputError(f"--average must be at least 1, got {average}")
-    there = {candidate: candidate.classes for candidate in candidates}
-    for candidate, names in there.items():
-        if not names:
-            raise MissingError(f"no predictions in {candidate.folder}; run predict first")
-    known = sorted(set().union(*there.values()))
-    for name in classes or ():
-        if name not in known:
-            raise unknown_name("class", name, known, "the predictions")
-    chosen = {}
-    for name in known if classes is None else sorted(classes):
-        ranked = _ranked(name, [candidate for candidate in candidates if name in there[candidate]])
-        best = ranked[0].scores.get(name)
-        tuned = best.parameters if best and name not in fixed else None
-        own = tuned or (parameters or {}).get(name) or default_parameters(name)
-        number = min(average, len(ranked))
-        if number > 1 and (own.method in AFFINITY_METHODS or own.height):
-            log.warning("%s is decoded with heads of its network, which are not averaged; using the best one", name)
-            number = 1
-        scores = {str(c.folder): c.scores[name].score for c in ranked if name in c.scores}
-        folders = tuple(candidate.folder for candidate in ranked)
-        chosen[name] = Choice(name, folders, number, scores, best.measure if best else "", own)
-    return chosen
-
-
-def _ranked(name: str, candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Sort the candidates that have a class by its score, best first; of equals the first given."""
-    if len(candidates) == 1:
-        return list(candidates)
-    without = [str(candidate.folder) for candidate in candidates if name not in candidate.scores]
-    if without:
-        raise InputError(
-            f"{len(candidates)} predictions have {name}, but {', '.join(without)} has no validation score of it; give "
-            "--tuned FOLDER of pytc tune for every prediction, in the same order, or select classes (--class)"
-        )
-    scores = {candidate: candidate.scores[name] for candidate in candidates}
-    measures = sorted({score.measure for score in scores.values()})
-    if len(measures) > 1:
-        raise InputError(
-            f"the validation scores of {name} are of different measures ({', '.join(measures)}) and cannot be "
-            "compared; tune every prediction with the same score.rules, and give --tuned for all or for none"
-        )
-    if len({frozenset(score.crops) for score in scores.values()}) > 1:
-        log.warning("the validation scores of %s are of different crops; compare them with care", name)
-    return sorted(candidates, key=lambda candidate: -scores[candidate].score)
-
-
-# -- merging -----------------------------------------------------------------------------------------------------------
 _MARK = "# written by pytc merge"
 
 
@@ -200,8 +86,8 @@ def merge(
         crops: crop table, its path or "challenge" (the default for a submission): the grids of means and submission.
         classes: only these.
         average: number of predictions to average, the best by score.
-        config: its ``decoding.classes`` replaces the tuned parameters, ``decoding.default`` is for classes without
-            them; ``engine`` runs the blocks.
+        config: its ``decoding.classes`` replaces the tuned parameters, and what it says in ``decoding`` those of the
+            runs; ``engine`` runs the blocks.
         overwrite: replace merged probabilities and labels that were made from others, and remove those of other runs.
 
     Raises:
@@ -224,7 +110,8 @@ def merge(
         candidates = _candidates(sources, tuned, work / "predicted", table)
         own = settings.decoding
         decoding = decode_parameters({name for c in candidates for name in c.classes}, own.default, own.classes)
-        choices = choose(candidates, average=average, classes=classes, parameters=decoding, fixed=own.classes)
+        stated = decoding if own.default else {name: decoding[name] for name in own.classes if name in decoding}
+        choices = choose(candidates, average=average, classes=classes, parameters=stated, fixed=own.classes)
         for one in candidates:
             if one.network is not None:
                 from connectomics.pipeline.predict import predict
@@ -273,19 +160,29 @@ def _candidates(
         run = open_run(path) if (path / "config.yaml").is_file() else None
         scores = tuned_scores(Path(tuned[number])) if tuned else {} if run is None else run_scores(run)
         if run is None and not path.is_file():
-            found.append(Candidate(path, scores))
+            names = {name for _, _, name in find_arrays(path)}
+            made_by = source.config if isinstance(source, Probabilities) else None
+            found.append(Candidate(path, scores, decoding=_decoding(made_by, names)))
             continue
         from connectomics.pipeline.network_task import network_and_config
 
-        names = frozenset(predicted_classes(network_and_config(path, None, ())[0]))
+        made_by = network_and_config(path, None, ())[0]
+        names = set(predicted_classes(made_by))
         asked = names if table is None else names.intersection(row.class_name for row in table)
-        found.append(Candidate(place / f"{number + 1}-{path.stem}", scores, path, asked or names))
+        place_of_it = place / f"{number + 1}-{path.stem}"
+        found.append(
+            Candidate(place_of_it, scores, path, frozenset(asked or names), _decoding(made_by, asked or names))
+        )
     return found
+
+
+def _decoding(config: RunConfig | None, classes: Collection[str]) -> dict[str, DecodeParameters]:
+    return {} if config is None else decode_parameters(classes, config.decoding.default, config.decoding.classes)
 
 
 def _require_order(candidates: Sequence[Candidate], tuned: Sequence[str | Path]) -> None:
     """Raise `InputError` if a folder of `pytc tune` is of the network of another candidate; warn if it is of none."""
-    places = [[c.folder / f"{d}.zarr" / crop / name for d, crop, name in find_arrays(c.folder)] for c in candidates]
+    places = [[array_place(c.folder, *array) for array in find_arrays(c.folder)] for c in candidates]
     own = [set().union(*(networks_of(about(place)) for place in of)) for of in places]
     for candidate, networks, folder in zip(candidates, own, tuned, strict=False):
         of = {network for score in candidate.scores.values() for network in score.networks}
@@ -316,22 +213,21 @@ def _combine(
     arrays = sorted(array for array in set().union(*there.values()) if array[2] in choices)
     with open_engine(engine) as workers:
         for done, array in enumerate(arrays, start=1):
-            dataset, crop, name = array
-            choice = choices[name]
+            choice = choices[array[2]]
             roots = [root for root in choice.ranked if array in there[root]][: choice.average]
             if roots[0] != choice.ranked[0] and choice.average == 1:
                 log.warning(
-                    "%s/%s: %s is from %s, since %s lacks the crop, but is decoded with the parameters of the latter",
-                    dataset, crop, name, roots[0], choice.ranked[0],
+                    "%s: %s is from %s, since %s lacks the crop, but is decoded with the parameters of the latter",
+                    "/".join(array[:2]), array[2], roots[0], choice.ranked[0],
                 )  # fmt: skip
-            places = [root / f"{dataset}.zarr" / crop / name for root in roots]
-            target = folder / f"{dataset}.zarr" / crop / name
+            places, target = [array_place(root, *array) for root in roots], array_place(folder, *array)
+            how = Storage.like(places[0])
             if len(places) == 1:
                 open_prediction(roots[0], *array)  # refuses what is not complete
                 _link(places[0], target, overwrite)
             else:
                 grid, dtype = _grid_and_dtype(roots, array)
-                task = AverageTask(tuple(map(str, places)), str(target), grids.get(array, grid), dtype)
+                task = AverageTask(tuple(map(str, places)), str(target), grids.get(array, grid), dtype, storage=how)
                 run_task(task, workers, overwrite=overwrite, resume=overwrite)
             progress(done, len(arrays), "/".join(array))
 
@@ -340,16 +236,15 @@ def _remove_others(choices: Mapping[str, Choice], folder: Path, kind: str, overw
     """Remove what an earlier merge of others left in ``folder``; `WriteError` without ``overwrite``."""
     wanted = {(root, name) for name, choice in choices.items() for root in choice.ranked}
     there = {array for root, name in wanted for array in find_arrays(root) if array[2] == name}
-    for dataset, crop, name in find_arrays(folder) if folder.is_dir() else ():
-        place = folder / f"{dataset}.zarr" / crop / name
-        if (dataset, crop, name) in there:
+    for array in find_arrays(folder) if folder.is_dir() else ():
+        place = array_place(folder, *array)
+        if array in there:
             continue
         if about(place).get("artefact") != kind:
             raise not_ours(place, "merge")
         if not overwrite:
             raise WriteError(
-                f"{folder} holds {dataset}/{crop}/{name} of an earlier merge; remove it (--overwrite), or choose other "
-                "output"
+                f"{folder} holds {'/'.join(array)} of an earlier merge; remove it (--overwrite), or choose other output"
             )
         remove_tree(place)
 
@@ -371,8 +266,7 @@ def _link(source: Path, target: Path, overwrite: bool) -> None:
             return
         if not overwrite:
             raise WriteError(f"{target} holds another prediction; overwrite it (--overwrite), or choose other output")
-    for group in (target.parent.parent, target.parent):
-        ensure_group(group)
+    ensure_group(target.parent, zarr_format=Storage.like(source).zarr_format)
     with unfinished_folder(target) as part, as_write_error(f"cannot write {target}"):
         shutil.copytree(source, part, copy_function=link_or_copy)
         publish(part, target)

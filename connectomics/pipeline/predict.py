@@ -21,7 +21,7 @@ from connectomics.config.heads import channel_attributes, channel_names
 from connectomics.config.output import wants_pyramid
 from connectomics.config.schema import EngineConfig
 from connectomics.data.dataset.build import inputs_of
-from connectomics.errors import BlocksFailedError, InputError, MissingError
+from connectomics.errors import BlocksFailedError, InputError
 from connectomics.geometry import index
 from connectomics.inference.artifact import save_cellmap_predictions as save_cellmap_predictions
 from connectomics.inference.augmented import dropout_on
@@ -37,6 +37,7 @@ from connectomics.pipeline.runs import Run
 from connectomics.pipeline.targets import Target, chosen_targets, grids_of, mask_of, normalizations_of, with_trained
 from connectomics.progress import Progress, named, silent
 from connectomics.tasks import TASK_FILE, open_engine, run_task
+from connectomics.tasks.block_task import require_begun
 from connectomics.tasks.engines import Here
 from connectomics.tasks.failures import Accepted, accepted_of
 
@@ -151,8 +152,8 @@ def predict_cellmap_crops(
     given_paths = [checkpoint_path] if isinstance(checkpoint_path, str | Path) else list(checkpoint_path or ())
     networks = load_networks(given_paths, config) if model is None else _given_network(model, config, given_paths)
     tasks = network_tasks(config, networks, given_paths if model is None else (), output_dir, targets, place)
-    if resume and not overwrite and not any((task.folder / TASK_FILE).exists() for task in tasks):
-        raise MissingError(f"--resume: nothing was begun below {output_dir}; leave it out to begin")
+    begun = any((task.folder / TASK_FILE).exists() for task in tasks)
+    require_begun(begun, output_dir, overwrite=overwrite, resume=resume)
     blocks = accept_failed if isinstance(accept_failed, Mapping) else {"": accept_failed} if accept_failed else {}
     accepted = {task.output: numbers for task, numbers in zip(tasks, accepted_of(tasks, blocks), strict=True)}
     replaced = [task.starts_over(overwrite=overwrite, resume=resume) for task in tasks]

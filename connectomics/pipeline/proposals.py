@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from connectomics.cellmap.annotation import Annotation, Kind
 from connectomics.cellmap.catalog import GROUND_TRUTH, Catalog
 from connectomics.cellmap.crop_table import csv_rows
-from connectomics.cellmap.ingest import Drawn, Known, drawn_by_table, ingest_labels
+from connectomics.cellmap.ingest import Drawn, Known, drawn_by_table, ingest_labels, unlisted_values
 from connectomics.data.splits import Split
 from connectomics.errors import InputError, MetadataError, MissingError, WriteError, unknown_name
 from connectomics.geometry import VoxelGrid
@@ -270,12 +270,9 @@ def _drawn(folder: Path, row: Proposal, stack: ExitStack) -> list[Drawn]:
         return [Drawn(name, opened_labels(folder, row, name, stack)[0], kind) for name, kind in row.classes.items()]
     source, file_format = opened_labels(folder, row, MAP, stack)
     found = drawn_by_table(source, row.values_table(folder, file_format))
-    known = {0, UNKNOWN, *(value for item in found for value in item.values or ())}
-    if wrong := sorted(set(np.unique(source.read((0, 0, 0), source.shape)).tolist()) - known):
+    if wrong := unlisted_values(source, found, Known(UNKNOWN)):
         table = row.values_table(folder, file_format)
-        raise InputError(
-            f"{source.location} holds {wrong[:5]}, but {table} does not say what they mean; add them there"
-        )
+        raise InputError(f"{source.location} holds {wrong}, but {table} does not say what they mean; add them there")
     return found
 
 

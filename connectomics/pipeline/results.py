@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from connectomics.cellmap.crop_table import CropTable
 from connectomics.errors import MissingError, first_of, number_of, require_known
 from connectomics.io.multiscale import Multiscale
+from connectomics.io.place import array_place
 from connectomics.io.place import place as place_of
 
 if TYPE_CHECKING:
@@ -110,8 +111,7 @@ class ArrayFolder:
             raise MissingError(
                 f"{len(fits)} arrays in {self.folder} are of {class_name}: {names}; give crop= (dataset=)"
             )
-        found, crop_name, name = fits[0]
-        return Multiscale.open(self.folder / f"{found}.zarr" / crop_name / name)
+        return Multiscale.open(array_place(self.folder, *fits[0]))
 
     def __repr__(self) -> str:
         arrays = self.arrays

@@ -7,10 +7,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from connectomics.errors import MissingError, require_known
+from connectomics.errors import require_known
 from connectomics.progress import Progress, named, silent
 from connectomics.tasks import BlockTask, run_task
-from connectomics.tasks.block_task import TASK_FILE, fields_of, read_task
+from connectomics.tasks.block_task import TASK_FILE, fields_of, read_task, require_begun
 from connectomics.tasks.failures import accepted_of
 
 if TYPE_CHECKING:
@@ -65,8 +65,7 @@ def run_stored_task(
     replaces = task.starts_over(overwrite=overwrite, resume=resume)
     if not task.check(overwrite=replaces):
         return f"nothing to do: {task.name} is complete"
-    if resume and not overwrite and not (task.folder / TASK_FILE).exists():
-        raise MissingError(f"--resume: nothing was begun below {task.folder}; leave it out to begin")
+    require_begun((task.folder / TASK_FILE).exists(), task.folder, overwrite=overwrite, resume=resume)
     advance = named(progress or silent, task.name)
     run_task(task, engine, advance, device=device, overwrite=replaces, accept=accepted)
     return f"{task.name}: complete"

@@ -23,6 +23,7 @@ from connectomics.io.artifacts import require_complete
 from connectomics.io.fingerprint import fingerprint
 from connectomics.io.location import is_s3
 from connectomics.io.multiscale import Multiscale
+from connectomics.io.place import array_place
 
 _SLAB_BYTES = 64 << 20
 
@@ -138,7 +139,7 @@ Source = ZarrSource | NpySource
 
 def find_source(predictions_dir: Path, entry: TableEntry) -> Source | None:
     """The source of one row of the crop table, None where there is none. Zarr goes before ``.npy``."""
-    group = predictions_dir / f"{entry.dataset}.zarr" / entry.crop_name / entry.class_name
+    group = array_place(predictions_dir, entry.dataset, entry.crop_name, entry.class_name)
     if group.is_dir():
         return ZarrSource.open(group)
     flat = predictions_dir / entry.dataset / f"{entry.crop_name}_{entry.class_name}.npy"
@@ -166,7 +167,7 @@ def own_table(predictions_dir: Path, datasets: Collection[str], data_root: str |
                 f"{crop} is in {other} and in {dataset}, and crops in a submission have no data set; export one data "
                 f"set at a time (--dataset {other})"
             )
-        group = predictions_dir / f"{dataset}.zarr" / crop / name
+        group = array_place(predictions_dir, dataset, crop, name)
         if group.is_dir():
             grid = Multiscale.open(str(group)).grid
         elif data_root is not None:

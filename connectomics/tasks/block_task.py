@@ -235,6 +235,12 @@ class BlockTask(ABC):
         return None
 
 
+def require_begun(begun: bool, folder: object, *, overwrite: bool, resume: bool) -> None:
+    """Raise `MissingError` if ``resume`` is given (without ``overwrite``) and nothing was begun."""
+    if resume and not overwrite and not begun:
+        raise MissingError(f"--resume: nothing was begun below {folder}; leave it out to begin")
+
+
 def starts_over(check: Callable[[], object], *, overwrite: bool, resume: bool) -> bool:
     """Return ``overwrite``; if ``resume`` is given too, whether ``check`` finds an output of something else."""
     if overwrite and resume:

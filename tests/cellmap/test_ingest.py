@@ -263,6 +263,45 @@ def test_bytes_of_mrc_have_the_sign_that_imod_says(stamp: int, flags: int, dtype
     assert np.array_equal(found.read((0, 0, 0), (4, 8, 8)), stored.view(dtype))
 
 
+@pytest.mark.parametrize("order", [(1, 2, 3), (3, 2, 1), (2, 3, 1)])
+def test_axes_of_mrc_in_any_order(order: tuple[int, int, int], tmp_path: Path) -> None:
+    data = values("uint16")  # z y x
+    stored = data.transpose([3 - axis for axis in reversed(order)])  # 1 is x, the last axis of data
+    with mrcfile.new(tmp_path / "a.mrc", stored) as file:
+        file.header.mapc, file.header.mapr, file.header.maps = order
+        file.header.cella = tuple(10 * s * n for s, n in zip(SIZE[::-1], SHAPE[::-1], strict=True))
+        file.header.mx, file.header.my, file.header.mz = SHAPE[::-1]
+    found = open_volume(tmp_path / "a.mrc")
+    assert found.shape == SHAPE
+    assert found.voxel_size == pytest.approx(SIZE)
+    assert np.array_equal(found.read((2, 3, 4), (5, 6, 7)), data[2:7, 3:9, 4:11])
+    with mrcfile.mmap(tmp_path / "a.mrc", "r+") as file:
+        file.header.mapc = 7
+    with pytest.raises(CorruptDataError, match=r"names its axes .*7\] \(maps, mapr, mapc\)"):
+        open_volume(tmp_path / "a.mrc")
+
+
+def test_an_n5_lies_where_its_transform_says(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    place = as_n5(tmp_path, values())
+    file = tmp_path / "a.n5/raw/s0/attributes.json"
+    stored = json.loads(file.read_text())
+    transform: dict[str, list[Any]] = {
+        "axes": ["z", "y", "x"], "scale": [8.0, 4.0, 0.0055], "translate": [104.0, 202.0, 0.3],
+        "units": ["nm", "nm", "um"],
+    }  # fmt: skip
+    file.write_text(json.dumps({**stored, "transform": transform}))
+    found = open_volume(place)
+    assert found.voxel_size == pytest.approx(SIZE)
+    assert found.begin == pytest.approx((100, 200, 300 - 2.75))
+    turned = {name: list(reversed(given)) for name, given in transform.items()}
+    file.write_text(json.dumps({**stored, "transform": turned}))
+    assert open_volume(place).begin == pytest.approx((100, 200, 300 - 2.75))
+    assert caplog.text == ""
+    file.write_text(json.dumps({**stored, "offset": [0, 0, 40]}))
+    assert open_volume(place).begin is None
+    assert "its offset is not used" in caplog.text
+
+
 def test_a_nrrd_lies_where_its_origin_says(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     about = {"space dimension": 3, "space directions": np.diag(SIZE[::-1]) / 1000, "space units": ["um"] * 3}
     nrrd.write(str(tmp_path / "a.nrrd"), values().T, {**about, "space origin": [0.3, 0.2, 0.1]})
@@ -399,7 +438,7 @@ def test_volumes_that_say_where_they_lie_stay_there(tmp_path: Path) -> None:
 
 
 def test_a_map_of_all_classes_from_the_command_line_to_training(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     data = np.zeros(SHAPE, np.uint16)
     data[:10], data[10:15], data[15:] = 1, 20, 21
@@ -409,6 +448,7 @@ def test_a_map_of_all_classes_from_the_command_line_to_training(
     root = tmp_path / "my données"
     assert main(["ingest", str(root), "--dataset", "mine", "--raw", path, "--range", "0,40"]) == 0
     assert main(["ingest", str(root), "--dataset", "mine", "--label-map", path, "--values", str(table)]) == 0
+    assert "does not say what" not in caplog.text
     crop = Catalog.open(str(root)).crop("mine", "crop1")
     there, _ = read_instances(crop, "mito", crop.grid)
     assert np.array_equal(there, np.where(data >= 20, data, 0))
@@ -416,6 +456,10 @@ def test_a_map_of_all_classes_from_the_command_line_to_training(
     capfd.readouterr()
     assert main(["describe", str(root)]) == 0
     assert "mito" in capfd.readouterr().out
+    table.write_text("value,class\n20,mito\n")
+    again = ["ingest", str(root), "--dataset", "mine", "--crop", "crop2", "--label-map", path, "--values", str(table)]
+    assert main([*again, "--unknown", "1"]) == 0
+    assert "a.tif holds 21, but " in caplog.text
 
 
 def test_bad_input_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

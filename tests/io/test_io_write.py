@@ -118,6 +118,10 @@ def test_blocks_that_do_not_fit_are_refused(tmp_path):
         writer.write((0, 0), np.zeros((8, 8), np.uint8))
     with pytest.raises(InputError, match="without loss"):
         writer.write((0, 0, 0), np.zeros((8, 8, 8), np.float32))
+    writer.write((0, 0, 0), np.full((8, 8, 8), 255, np.uint64))
+    with pytest.raises(InputError, match="holds uint8; cannot write 256 to 256"):
+        writer.write((0, 0, 0), np.full((8, 8, 8), 256, np.uint64))
+    assert (writer.read((0, 0, 0), (8, 8, 8)) == 255).all()
     with pytest.raises(InputError, match="must agree"):
         write_multiscale(tmp_path / "b", np.zeros((3, 3, 3)), GRID)
     with pytest.raises(InputError, match="at least one"):

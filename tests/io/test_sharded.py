@@ -12,7 +12,7 @@ import tensorstore
 import zarr
 
 from connectomics.config.schema import RunConfig
-from connectomics.errors import ConfigError, CorruptDataError, WriteError
+from connectomics.errors import ConfigError, CorruptDataError, EngineError, WriteError
 from connectomics.geometry import VoxelGrid
 from connectomics.io.multiscale import Multiscale, PlainArray
 from connectomics.io.resample import linear
@@ -25,6 +25,7 @@ from connectomics.io.write import (
     multiscales_attrs,
     update_attrs,
 )
+from tests.io.test_io_s3 import in_child
 from tests.s3_server import FolderServer
 
 GRID = VoxelGrid((8, 8, 4), (4, 4, 2), (70, 100, 40))
@@ -140,6 +141,14 @@ def test_absent_chunks_within_shards_are_missing_raw(
         labels, known = volume.read_level(0, (0, 0, 0), GRID.shape, absent_is_missing=False)
         assert known.all()
         assert np.array_equal(labels, values)
+
+
+def test_a_forked_child_does_not_take_absent_chunks_for_data(tmp_path: Path) -> None:
+    foreign(tmp_path / "em")
+    volume = Multiscale.open(tmp_path / "em")
+    volume.read_raw(GRID)
+    with pytest.raises(EngineError, match=r"shards of other programs.*forkserver"):
+        in_child("fork", volume.read_raw, GRID)
 
 
 def test_v3_is_not_hidden_in_v2(tmp_path: Path) -> None:

@@ -23,8 +23,10 @@ from connectomics.geometry import Box, VoxelGrid
 from connectomics.inference.artifact import save_cellmap_predictions
 from connectomics.io.artifacts import about
 from connectomics.io.multiscale import Multiscale
-from connectomics.io.write import update_attrs
-from connectomics.pipeline.merge import Candidate, choose, merge
+from connectomics.io.write import create_multiscale, update_attrs
+from connectomics.pipeline.merge import merge
+from connectomics.pipeline.merge_choice import Candidate, choose
+from connectomics.pipeline.results import Probabilities
 from connectomics.pipeline.tune import tune
 from connectomics.pipeline.tune_results import ClassScore, tuned_scores
 from connectomics.tasks import run_task
@@ -282,6 +284,37 @@ def test_the_default_of_the_configuration_is_for_classes_without_tuned_parameter
     assert {name: choice.parameters.threshold for name, choice in found.items()} == {"mito": 0.25, "er": 0.25}
     found = merge([two[0]], out=tmp_path / "b", config=config, tuned=[tuned(tmp_path / "t", {"mito": 0.75})]).choices
     assert {name: choice.parameters.threshold for name, choice in found.items()} == {"mito": 0.75, "er": 0.25}
+
+
+def test_runs_are_decoded_as_their_configurations_say(two: tuple[Path, Path], tmp_path: Path) -> None:
+    config = RunConfig()
+    config.decoding.classes = {"mito": {"threshold": 0.75, "method": "cc3d", "min_size_nm3": 5.0}}
+    one = Probabilities(two[0], config)
+    found = merge([one], out=tmp_path / "a").choices
+    assert found["mito"].parameters == DecodeParameters(threshold=0.75, method="cc3d", min_size_nm3=5.0)
+    assert found["er"].parameters.threshold == 0.5
+    chosen = tuned(tmp_path / "t", {"mito": 0.6})
+    assert merge([one], out=tmp_path / "b", tuned=[chosen]).choices["mito"].parameters.threshold == 0.6
+    mine = RunConfig()
+    mine.decoding.default = {"threshold": 0.25}
+    assert merge([one], out=tmp_path / "c", config=mine).choices["mito"].parameters.threshold == 0.25
+
+
+def test_merged_arrays_have_the_format_of_what_they_are_from(tmp_path: Path) -> None:
+    for name, scale in (("first", 1.0), ("second", 0.5)):
+        plain_one = predicted(tmp_path / "0.4" / name, FINE, {"mito": ramp(FINE, scale)})
+        place = tmp_path / name / "one.zarr/crop7/mito"
+        said = {"connectomics": about(plain_one / "one.zarr/crop7/mito")}
+        (writer,) = create_multiscale(place, [FINE], "uint8", chunks=(8, 8, 8), shards=(16, 16, 16), attrs=said)
+        writer.write((0, 0, 0), stored(plain_one, "mito"))
+    scores = [tuned(tmp_path / "t1", {"mito": 0.6}), tuned(tmp_path / "t2", {"mito": 0.5})]
+    merge([tmp_path / "first", tmp_path / "second"], out=tmp_path / "best", tuned=scores, classes=["mito"])
+    merge([tmp_path / "first", tmp_path / "second"], out=tmp_path / "mean", tuned=scores, classes=["mito"], average=2)
+    for name, expected in (("best", 1.0), ("mean", 0.75)):
+        group = zarr.open_group(tmp_path / name / "one.zarr", mode="r", zarr_format=3)
+        found = np.asarray(group["crop7/mito/s0"][:])
+        assert np.abs(found / 255 - ramp(FINE, expected)).max() < 0.01
+        assert np.array_equal(stored(tmp_path / name, "mito"), found)
 
 
 def test_what_an_earlier_merge_left_is_not_packed(tmp_path: Path) -> None:

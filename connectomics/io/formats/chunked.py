@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.errors import CorruptDataError, InputError, MetadataError, MissingError
-from connectomics.geometry import Triple, VoxelGrid, slices_of
+from connectomics.geometry import Triple, VoxelGrid, slices_of, triple
 from connectomics.io.array import one_line
 from connectomics.io.formats.source import VolumeSource, optional
 from connectomics.io.metadata import in_nm, names_levels
@@ -49,7 +49,10 @@ def open_hdf5(path: Path, inner: str | None) -> VolumeSource:
 
 
 def open_n5(path: Path, inner: str | None) -> VolumeSource:
-    """Open an N5 data set, or the finest level ``s0`` of a group; the axes are stored x y z."""
+    """Open an N5 data set, or the finest level ``s0`` of a group; the axes are stored x y z.
+
+    COSEM's ``transform`` (axes, scale, and translate to the center of the first voxel) says where it lies.
+    """
     place = path / inner if inner else path
     attrs = read_json(place / "attributes.json") or {}
     group: dict[str, Any] = {}
@@ -60,7 +63,11 @@ def open_n5(path: Path, inner: str | None) -> VolumeSource:
         there = sorted(p.name for p in place.iterdir() if p.is_dir()) if place.is_dir() else []
         raise InputError(f"{place} is no N5 data set; name one: {path}:/NAME (found {', '.join(there) or 'none'})")
     spec = {"driver": "n5", "kvstore": {"driver": "file", "path": f"{place}/"}}
-    return _tensorstore_source(spec, str(place), voxel_size=_n5_voxel_size({**group, **attrs}))
+    said = {**group, **attrs}
+    size, begin = _n5_transform(attrs.get("transform"))
+    if begin is None and any(np.any(said.get(name, 0)) for name in ("offset", "translate", "translation")):
+        log.warning("%s: its offset is not used, since programs differ in its unit and its axes; give --begin", place)
+    return _tensorstore_source(spec, str(place), voxel_size=size or _n5_voxel_size(said), begin=begin)
 
 
 def open_precomputed(path: Path, inner: str | None) -> VolumeSource:
@@ -153,6 +160,17 @@ def _three(value: Any, factor: float | None) -> Triple | None:
         return None
     z, y, x = (float(v) * factor for v in np.ravel(value))
     return z, y, x
+
+
+def _n5_transform(transform: Any) -> tuple[Triple | None, Triple | None]:
+    """Voxel size and outer face of the first voxel, nm, z y x, of {axes, scale, translate, units}."""
+    try:
+        order = [list(transform["axes"]).index(axis) for axis in "zyx"]
+        factors = np.array([in_nm(str(transform["units"][i])) for i in order], float)  # unknown: NaN
+        scale, center = (np.array(transform[name], float)[order] * factors for name in ("scale", "translate"))
+    except (KeyError, ValueError, TypeError, IndexError):
+        return None, None
+    return (triple(scale), triple(center - scale / 2)) if np.isfinite(scale).all() else (None, None)
 
 
 def _n5_voxel_size(attrs: dict[str, Any]) -> Triple | None:

@@ -34,17 +34,22 @@ _NRRD_TYPES = {
 
 
 def open_mrc(path: Path, inner: str | None) -> VolumeSource:
-    """Open an MRC or CCP4 file (axes z y x, voxel size in angstrom, 0 if not given); its position is not read."""
+    """Open an MRC or CCP4 file (any order of axes; angstrom, 0 if not given); its position is not read."""
     mrcfile = optional("mrcfile", "mrcfile")
     try:
         file = mrcfile.mmap(path, mode="r", permissive=False)
     except (ValueError, OSError) as error:
         raise CorruptDataError(f"{path} cannot be read as MRC: {error}; decompress a compressed file first") from error
-    size, data = [float(file.voxel_size[axis]) / 10 for axis in "zyx"], file.data
-    stamp, flags = np.frombuffer(file.header.extra2.tobytes(), file.header.mode.dtype)[10:12]
+    size, data, header = [float(file.voxel_size[axis]) / 10 for axis in "zyx"], file.data, file.header
+    axes = [int(header[name]) for name in ("maps", "mapr", "mapc")]  # 1 x, 2 y, 3 z
+    if any(axes) and sorted(axes) != [1, 2, 3]:
+        raise CorruptDataError(f"{path} names its axes {axes} (maps, mapr, mapc), expected 3, 2, 1; save it again")
+    if any(axes) and data.ndim == 3:
+        data = data.transpose([axes.index(axis) for axis in (3, 2, 1)])
+    stamp, flags = np.frombuffer(header.extra2.tobytes(), header.mode.dtype)[10:12]
     if data.dtype == np.int8 and stamp == _IMOD and not flags & 1:  # as IMOD stored bytes until version 4.2.23
         data = data.view(np.uint8)
-    if any(float(values[axis]) for values in (file.header.origin, file.nstart) for axis in "xyz"):
+    if any(float(values[axis]) for values in (header.origin, file.nstart) for axis in "xyz"):
         log.warning("%s: its origin is not used, since programs differ in its sign and in what it means", path)
     return VolumeSource.of(str(path), data, voxel_size=tuple(size) if min(size) > 0 else None, close=file.close)
 
