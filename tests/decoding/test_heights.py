@@ -91,7 +91,7 @@ def test_blocks_give_the_labels_of_the_whole_array(
     np.testing.assert_array_equal(read(output), expected)
 
 
-@settings(max_examples=4)  # the definition in plain Python takes a second an example
+@settings(max_examples=2)  # the definition in plain Python takes two seconds an example
 @given(seed=st.integers(0, 2**32 - 1), cut_off=st.booleans())
 def test_a_distance_is_flooded_as_a_watershed_is_defined(seed, cut_off):
     """Seeds are the deepest within their reach; the flood goes from there, and what is cut off is one."""

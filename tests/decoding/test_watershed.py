@@ -66,7 +66,7 @@ def test_cubes_are_measured_in_voxels_and_too_long_distances_are_refused():
         DepthRule.of((5000.0, 1.0, 1.0), np.inf, (100, 100, 100))
 
 
-@settings(max_examples=8)  # the definition in plain Python takes a second an example
+@settings(max_examples=5)  # the definition in plain Python takes a second an example
 @given(seeds, shapes, spacings, neighbours, st.sampled_from([8.0, 16.0, 30.0]), st.sampled_from([np.inf, 16.0, 24.0]))
 def test_splitting_is_the_watershed_as_it_is_defined(seed, shape, spacing, connectivity, min_distance, max_depth):
     mask = some_mask(seed, shape)

@@ -346,7 +346,7 @@ class Plain:
 class TestClassByClass:
     """Labels unpacked, and gradients found, one class after another: the same as all classes at once."""
 
-    @settings(max_examples=20, deadline=None)
+    @settings(max_examples=8, deadline=None)
     @given(
         seed=st.integers(0, 10_000),
         states=st.integers(1, 300),

@@ -259,7 +259,7 @@ def test_what_a_killed_run_left_half_written_is_removed(labels: Path, tmp_path: 
 def test_killed_and_run_again(tmp_path: Path, starter: Starter, kind: str, kills: int) -> None:
     """SIGKILL at random moments to the process that leads; in the end all files are those of an undisturbed run."""
     labels = tmp_path / "labels"
-    n = 24 if kills < 20 else 48
+    n = 18 if kills < 20 else 48
     for seed, name in enumerate(("mito", "er")):
         cells = np.random.default_rng(seed).integers(0, 2 * n, (n, n, n)).astype(np.uint16)
         stored(labels, np.where(cells < n, 0, cells).astype(np.uint16), (8, 8, 8), name)

@@ -208,7 +208,7 @@ def test_a_small_space_is_searched_whole(made: Path, tmp_path: Path, monkeypatch
     assert len(tune(*arguments, classes=["er"], trials=60, base=base)["er"].trials) == len(found.trials)
 
 
-@pytest.mark.parametrize("method", ["mutex_watershed", "agglomeration"])
+@pytest.mark.parametrize("method", ["mutex_watershed", pytest.param("agglomeration", marks=pytest.mark.slow)])
 def test_limits_of_affinities_are_searched_where_the_base_reads_them(tmp_path: Path, method: str) -> None:
     """Objects that touch; their affinities are 0.4 within and 0.15 between, so the middle of 0.5 splits everything."""
     ids = np.zeros(SHAPE, np.uint8)
