@@ -31,15 +31,28 @@ _LARGE = 2.0  # of the wanted share: a group that is cut if whole groups do not 
 @dataclass(frozen=True)
 class Split:
     """Entries of both sides: ``dataset/crop``, or ``dataset/crop:z0,y0,x0:z1,y1,x1`` for a region between two corners
-    (nm)."""
+    (nm).
+
+    Attributes:
+        train, val: trained on, and validated on.
+        seen: what the networks were trained on with whose weights the run began.
+    """
 
     train: tuple[str, ...]
     val: tuple[str, ...]
+    seen: tuple[str, ...] = ()
+
+    @property
+    def all_trained(self) -> tuple[str, ...]:
+        """All that the weights were trained on, in this run and before."""
+        return tuple(dict.fromkeys((*self.train, *self.seen)))
 
     def save(self, path: Path) -> None:
         """Write YAML with one entry per line."""
         lines = ["# Which crops are trained on and which validate. Move lines between the lists as you like."]
-        for name, keys in (("train", self.train), ("val", self.val)):
+        if self.seen:
+            lines += ["# seen: what model.weights had been trained on."]
+        for name, keys in (("train", self.train), ("val", self.val), ("seen", self.seen))[: 3 if self.seen else 2]:
             lines.append(f"{name}:" + ("" if keys else " []"))
             lines += [f"  - {key}" for key in keys]
         write_file(path, ("\n".join(lines) + "\n").encode())
@@ -55,22 +68,23 @@ class Split:
             raise ConfigError(f"the split file {path} is not valid YAML: {error}") from error
         if not isinstance(content, Mapping) or not {"train", "val"} <= set(content):
             raise ConfigError(f"the split file {path} must have the lists train and val")
-        for name in ("train", "val"):
-            if not isinstance(content[name], list | None):
+        for name in ("train", "val", "seen"):
+            if not isinstance(content.get(name), list | None):
                 raise ConfigError(
-                    f"the split file {path}: {name} must be a list of dataset/crop, found {content[name]!r}"
+                    f"the split file {path}: {name} must be a list of dataset/crop, found {content.get(name)!r}"
                 )
-        split = cls(tuple(map(str, content["train"] or ())), tuple(map(str, content["val"] or ())))
+        split = cls(*(tuple(map(str, content.get(name) or ())) for name in ("train", "val", "seen")))
         both = sorted(set(split.train) & set(split.val))
         if both:
             raise ConfigError(f"the split file {path} lists {both[0]} under train and under val; it can be in one only")
-        for entry in (*split.train, *split.val):
+        for entry in (*split.train, *split.val, *split.seen):
             parse_entry(entry, f"the split file {path}")
         return split
 
     def within(self, keys: Collection[str]) -> Self:
         """Return the split without entries of crops other than ``keys`` (``dataset/crop``)."""
-        return type(self)(*(tuple(e for e in side if parse_entry(e)[0] in keys) for side in (self.train, self.val)))
+        sides = (self.train, self.val, self.seen)
+        return type(self)(*(tuple(e for e in side if parse_entry(e)[0] in keys) for side in sides))
 
     def select(self, crops: Sequence[Crop], where: str = "the split") -> tuple[list[Crop], list[Crop]]:
         """Return the crops of each list, cut to their regions.
@@ -176,12 +190,13 @@ def kept_out(crops: Sequence[Crop], splits: Mapping[str, Split]) -> list[Crop]:
     """Return the crops, or parts of them, that are validation crops in all of these splits, by what each is of, without
     those that overlap a training crop of any of them (logs a warning). Entries of other crops are ignored."""
     keys = {crop.key for crop in crops}
-    kept, trained = list(crops), []
+    kept, used = list(crops), list[Crop]()
     for where, split in splits.items():
-        train, val = split.within(keys).select(crops, where)
-        trained += train
+        there = split.within(keys)
+        trained, val = select_entries(there.all_trained, crops, where), select_entries(there.val, crops, where)
+        used += trained
         kept = [part for crop in kept for held in val if (part := _common_part(crop, held)) is not None]
-    seen = {entry_of(held) for _, held in leaks(trained, kept)}
+    seen = {entry_of(held) for _, held in leaks(used, kept)}
     if seen:
         log.warning("left out because they overlap training crops: %s", ", ".join(sorted(seen)))
     return [crop for crop in kept if entry_of(crop) not in seen]

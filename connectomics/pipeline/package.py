@@ -106,7 +106,7 @@ def write_package(
         "parameters": sum(p.numel() for p in module.parameters()),
         "scores": dict(known or {}),
         "validation": _validation(table, int(read_checkpoint(checkpoint).get("global_step", 0))),
-        "trained_on": split.train if split else (),
+        "trained_on": split.all_trained if split else (),
         "validated_on": split.val if split else (),
         "license": license_name,
         "description": description,

@@ -161,7 +161,7 @@ def with_trained(
 ) -> list[Target]:
     """Return targets (None: those of the configuration) that say whether a network was trained on a part of them, as
     far as its run (``split.yaml``) or its package says so. Warn of these."""
-    seen = [parse_entry(entry) for path in checkpoints if (split := split_of(path)) for entry in split.train]
+    seen = [parse_entry(entry) for path in checkpoints if (split := split_of(path)) for entry in split.all_trained]
     found = []
     for target in targets_of(config) if targets is None else targets:
         # without the outer half of voxels, which may touch a region

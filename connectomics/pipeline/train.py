@@ -259,6 +259,7 @@ def _cellmap_data(
     """
     from connectomics.data.datamodule import CellMapDataModule
     from connectomics.data.splits import Split
+    from connectomics.lightning.model_package import split_of
     from connectomics.lightning.run_state import weights_file
 
     # the split of a run that is replaced is not read
@@ -272,13 +273,16 @@ def _cellmap_data(
             f"the run of {checkpoint} validates on the crops in {before}, and now it would on others, which it may "
             f"have trained on; set dataset.split_file={before}, or start a new run with model.weights"
         )
-    weights = config.model.weights
+    weights, seen = config.model.weights, Split.load(before).seen if before is not None and before.is_file() else ()
     if before is None and weights is not None and config.model.weights_format == "connectomics":
         held = [crop_target(volume.crop, config.dataset.classes) for volume in data.val_volumes]
         with_trained(held, config, [weights_file(weights)], _SEEN)
+        before_it = split_of(weights_file(weights))
+        seen = before_it.all_trained if before_it else ()
     target = folder / "split.yaml"
-    if is_first_process() and not (target.is_file() and Split.load(target) == data.split):
-        data.split.save(target)
+    split = replace(data.split, seen=seen)
+    if is_first_process() and not (target.is_file() and Split.load(target) == split):
+        split.save(target)
     return data
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ from connectomics.errors import ConfigError, InputError
 from connectomics.geometry import Box, VoxelGrid
 from connectomics.io.formats import open_volume
 from connectomics.io.write import ensure_group
+from connectomics.pipeline.package import write_package
 from connectomics.pipeline.runs import Run
-from connectomics.pipeline.targets import kept_out_targets
+from connectomics.pipeline.targets import kept_out_targets, with_trained
 from connectomics.pipeline.train import train
 from tests.cellmap.roots import GROUND_TRUTH, grid_of, write_label, write_raw, zarr_of
 
@@ -159,15 +161,27 @@ def test_a_run_does_not_resume_on_the_crops_that_it_validated(trained: tuple[Run
 
 
 def test_validation_crops_that_the_weights_were_trained_on_are_named(
-    trained: tuple[RunConfig, Run, Path], caplog: pytest.LogCaptureFixture
+    trained: tuple[RunConfig, Run, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config, run, other = trained
     config.model.weights = str(run.folder)
     train(config, run.folder.parent / "same")
     assert "model.weights was trained on" not in caplog.text
     config.dataset.split_file = str(other)
-    train(config, run.folder.parent / "exchanged")
+    exchanged = train(config, run.folder.parent / "exchanged")
     assert "1 of 1 crop was used for training (mine/crop1): validation is on what model.weights was" in caplog.text
+    split = Split.load(exchanged.folder / "split.yaml")
+    assert split == replace(Split.load(other), seen=Split.load(run.folder / "split.yaml").train)
+    with pytest.raises(InputError, match=r"no crop of .* was kept out of the training"):
+        kept_out_targets(config, [exchanged.folder / "checkpoints/last.ckpt"])
+    package = write_package(exchanged, tmp_path / "exchanged.pytc")
+    for network in (exchanged.last_checkpoint, package.path):
+        assert all(target.seen_in_training for target in with_trained(None, config, [network]))
+    config.training.max_epochs = 2
+    assert train(config, exchanged.folder, resume=True).epochs == 2
+    assert Split.load(exchanged.folder / "split.yaml") == split
+    config.model.weights, config.dataset.split_file = None, str(exchanged.folder / "split.yaml")
+    assert Split.load(train(config, run.folder.parent / "new").folder / "split.yaml").seen == ()
 
 
 def test_a_run_that_replaces_another_has_its_own_split_and_checkpoints(trained: tuple[RunConfig, Run, Path]) -> None:

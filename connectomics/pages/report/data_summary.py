@@ -18,7 +18,10 @@ from connectomics.pages.report.run_folder import class_names, read_metrics, read
 _MOST_DATASETS = 60
 _MOST_NAMES = 24
 _MOST_PROBLEMS = 5
-_SPLIT_NAMES = {"train": "crops for training", "val": "crops for validation", "test": "crops for the final test"}
+_SPLIT_NAMES = {
+    "train": "crops for training", "val": "crops for validation", "test": "crops for the final test",
+    "seen": "crops that model.weights was trained on",
+}  # fmt: skip
 
 
 @dataclass
