@@ -171,9 +171,14 @@ class StoredArray:
         least, most = (_LISTED_S3, _PAGE) if is_s3(self.location) else (_LISTED, 4 * shape[-1])
         if self._sharding is not None:
             refuse_forked_process("shards of other programs")
-            held = self._held(self._sharding, set(locations))
+            files = set(locations)
+            if not is_s3(self.location):  # there tensorstore takes a folder for an absent shard
+                files = {file for file in files if object_exists(file)}
+            held = self._held(self._sharding, files)
             places = ([*[0] * self.leading, *index] % self._per_file for index in indexes)
-            found = [at.astype(">u4").tobytes() in held[file] for at, file in zip(places, locations, strict=True)]
+            found = [
+                at.astype(">u4").tobytes() in held.get(file, ()) for at, file in zip(places, locations, strict=True)
+            ]
         elif self._separator == "/" and shape[-1] >= least and row <= most:
             rows = list(dict.fromkeys(location.rpartition("/")[0] for location in locations))
             listed = s3.in_parallel(lambda at: list_objects(at, self.options), rows)

@@ -14,6 +14,7 @@ import zarr
 from connectomics.config.schema import RunConfig
 from connectomics.errors import ConfigError, CorruptDataError, EngineError, WriteError
 from connectomics.geometry import VoxelGrid
+from connectomics.io.location import StoreError
 from connectomics.io.multiscale import Multiscale, PlainArray
 from connectomics.io.resample import linear
 from connectomics.io.sharded import Storage
@@ -141,6 +142,16 @@ def test_absent_chunks_within_shards_are_missing_raw(
         labels, known = volume.read_level(0, (0, 0, 0), GRID.shape, absent_is_missing=False)
         assert known.all()
         assert np.array_equal(labels, values)
+
+
+def test_a_folder_in_place_of_a_shard_is_no_absent_one(tmp_path: Path) -> None:
+    foreign(tmp_path / "em")
+    shard = tmp_path / "em/s0/c/0/0/0"
+    shard.unlink()
+    assert not Multiscale.open(tmp_path / "em").read_raw(GRID.crop((0, 0, 0), (8, 8, 8)))[1].any()
+    shard.mkdir()
+    with pytest.raises(StoreError, match=r"s0/c/0/0/0: expected a file, found a folder"):
+        Multiscale.open(tmp_path / "em").read_raw(GRID.crop((0, 0, 0), (8, 8, 8)))
 
 
 def test_a_forked_child_does_not_take_absent_chunks_for_data(tmp_path: Path) -> None:
