@@ -176,9 +176,8 @@ class StoredArray:
                 files = {file for file in files if object_exists(file)}
             held = self._held(self._sharding, files)
             places = ([*[0] * self.leading, *index] % self._per_file for index in indexes)
-            found = [
-                at.astype(">u4").tobytes() in held.get(file, ()) for at, file in zip(places, locations, strict=True)
-            ]
+            keys = [at.astype(">u4").tobytes() for at in places]
+            found = [key in held.get(file, ()) for key, file in zip(keys, locations, strict=True)]
         elif self._separator == "/" and shape[-1] >= least and row <= most:
             rows = list(dict.fromkeys(location.rpartition("/")[0] for location in locations))
             listed = s3.in_parallel(lambda at: list_objects(at, self.options), rows)
@@ -235,13 +234,13 @@ class StoredArray:
             values = self._decode(low, high, absent_is_error=True)
             if values is not None:
                 return values, np.ones(shape, bool)
-        present = self.present_chunks(first, last) if absent_is_missing else np.ones((), bool)
-        if not present.any():
+        present = self.present_chunks(first, last)  # for labels, too: it refuses what is no file, or cannot be read
+        if absent_is_missing and not present.any():
             return np.zeros(shape, self.dtype), np.zeros(shape, bool)
         values = self._decode(low, high)
         assert values is not None
         self.check_still_there()  # else chunks that vanished meanwhile would count as absent
-        if present.all():
+        if present.all() or not absent_is_missing:
             return values, np.ones(shape, bool)
         chunk_of = [np.arange(lo, h) // c - f for lo, h, c, f in zip(low, high, self.chunks, first, strict=True)]
         inside = present[np.ix_(*chunk_of)]
