@@ -36,6 +36,15 @@ class AveragedWeights(WeightAveraging):
         if self._average_model is not None:
             self._average_model.module.eval()
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Copy the buffers that the module got in its setup, which comes later: weights of classes."""
+        if self._average_model is not None:
+            copy = self._average_model.module
+            missing = set(dict(pl_module.named_buffers())) - set(dict(copy.named_buffers()))
+            for owner, _, name in (buffer.rpartition(".") for buffer in missing):
+                value = getattr(pl_module.get_submodule(owner), name)
+                setattr(copy.get_submodule(owner), name, value.to(next(copy.parameters()).device, copy=True))
+
     @property
     def network(self) -> nn.Module:
         """The network with the averages, in evaluation mode; the teacher of ``training.mean_teacher``."""

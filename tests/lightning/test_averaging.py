@@ -58,6 +58,21 @@ def expected(states: States, decay: float) -> dict[str, Tensor]:
     return average
 
 
+def test_classes_are_weighed_by_what_is_measured(tmp_path: Path) -> None:
+    """The module gets their weights after the copy for the averages was made; resumed, it gives the same numbers."""
+    config = tiny_config(training__ema=0.5, model__options=BATCH_NORM, model__class_weights="inverse_frequency")
+    data = [MadeUpData(crops=1) for _ in range(3)]
+    for one in data:
+        one.present_shares = {"er": 0.5, "mito": 0.02}  # type: ignore[attr-defined]
+    train(config, tmp_path / "whole", datamodule=data[0])
+    config.training.max_epochs = 1
+    train(config, tmp_path / "two", datamodule=data[1])
+    config.training.max_epochs = 2
+    train(config, tmp_path / "two", datamodule=data[2], resume=True)
+    for column in ("train/loss", "val/loss", "val/dice"):
+        assert table(tmp_path / "two", column) == table(tmp_path / "whole", column), column
+
+
 def test_it_is_the_formula_also_for_batch_statistics(averaged: tuple[Run, States]) -> None:
     run, states = averaged
     last = read_checkpoint(run.folder / "checkpoints" / "last.ckpt")
