@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.cellmap.label_codes import LabelStates
-from connectomics.geometry import Index
+from connectomics.geometry import Index, index
 from connectomics.io.mirror import Extent, take
 
 
@@ -38,8 +38,7 @@ class CropArrays:
         """
         if extent.holds(lo, hi):
             return self
-        index = extent.mirrored(lo, hi)
-        z, y, x = (int(b) for b in lo)
+        places = extent.mirrored(lo, hi)
         first, last = list(self.codes_begin), [b + n for b, n in zip(self.codes_begin, self.codes.shape, strict=True)]
         if not extent.holds(first, last):  # labels beyond the raw: keep the requested part
             low = [max(a, b) for a, b in zip(extent.low, lo, strict=True)]
@@ -49,9 +48,9 @@ class CropArrays:
         kept = tuple(slice(f - b, e - b) for f, e, b in zip(first, last, self.codes_begin, strict=True))
         return replace(
             self,
-            raw=take(self.raw, self.raw_begin, index),
-            raw_begin=(z, y, x),
-            inside=None if self.inside is None else take(self.inside, self.raw_begin, index),
+            raw=take(self.raw, self.raw_begin, places),
+            raw_begin=index(lo),
+            inside=None if self.inside is None else take(self.inside, self.raw_begin, places),
             codes=self.codes[kept],
-            codes_begin=(first[0], first[1], first[2]),
+            codes_begin=index(first),
         )

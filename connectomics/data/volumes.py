@@ -22,7 +22,7 @@ from connectomics.data.arrays import CropArrays
 from connectomics.data.cache.entry import CachedCrop, Prints, source_prints
 from connectomics.data.cache.folder import CropCache
 from connectomics.errors import InputError
-from connectomics.geometry import Index, Triple, VoxelGrid, shape_between
+from connectomics.geometry import Index, Triple, VoxelGrid, index, shape_between
 from connectomics.io.mirror import Extent, hull, read_mirrored
 from connectomics.io.normalization import Normalization
 
@@ -169,7 +169,7 @@ class CropVolume:
         if kept is not None and _covers(kept.raw_begin, kept.raw.shape, low, high):
             return kept
         raw, inside = self.decode_raw(self.grid.crop(low, shape_between(low, high)))
-        begin = (low[0], low[1], low[2])
+        begin = index(low)
         whole = None if inside.all() else inside
         if kept is not None:
             return replace(kept, raw=raw, raw_begin=begin, inside=whole)
@@ -223,24 +223,24 @@ class CropVolume:
     def known_share(self, places: NDArray[np.float64]) -> float:
         """Return the share of places (n, 3), lattice indices, where any label is known; without a cache, the share that
         lies in the crop."""
-        index = np.floor(places + 0.5).astype(np.int64)
-        inside = ((index >= 0) & (index < self.grid.shape)).all(axis=1)
+        voxels = np.floor(places + 0.5).astype(np.int64)
+        inside = ((voxels >= 0) & (voxels < self.grid.shape)).all(axis=1)
         if self._cached is None:
             return float(inside.mean())
         kept = self._cached.arrays()
-        z, y, x = (index[inside] - kept.codes_begin).T
+        z, y, x = (voxels[inside] - kept.codes_begin).T
         known: NDArray[np.bool_] = np.any(kept.states.known, axis=1)
         return float(known[kept.codes[z, y, x]].sum() / len(places))
 
     def _decode_codes(self, lo: Sequence[int], hi: Sequence[int]) -> tuple[Index, LabelCodes]:
         """Label codes from Zarr of the part of lattice indices ``lo`` to ``hi`` in the crop, and where it begins."""
-        z, y, x = (min(max(0, int(b)), n) for b, n in zip(lo, self.grid.shape, strict=True))
-        shape = [max(0, min(int(h), n) - b) for b, h, n in zip((z, y, x), hi, self.grid.shape, strict=True)]
-        grid = self.grid.crop((z, y, x), shape)
+        begin = index(min(max(0, int(b)), n) for b, n in zip(lo, self.grid.shape, strict=True))
+        shape = [max(0, min(int(h), n) - b) for b, h, n in zip(begin, hi, self.grid.shape, strict=True)]
+        grid = self.grid.crop(begin, shape)
         if not self.classes or grid.size == 0:
             empty = np.zeros(grid.shape, np.uint8)
-            return (z, y, x), LabelCodes(grid, empty, StateTable(self.classes, self.instances, self.soft).states)
-        return (z, y, x), LabelCodes.of(self.decode_labels(grid))
+            return begin, LabelCodes(grid, empty, StateTable(self.classes, self.instances, self.soft).states)
+        return begin, LabelCodes.of(self.decode_labels(grid))
 
     def read_input(self, grid: VoxelGrid) -> NDArray[np.float32]:
         """Return `read_image` on a grid of any voxel size, from Zarr."""

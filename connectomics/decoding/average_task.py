@@ -30,7 +30,7 @@ from connectomics.io.sharded import Storage
 from connectomics.io.store import is_array
 from connectomics.io.write import ArrayWriter, create_array, ensure_group, multiscales_attrs, update_attrs
 from connectomics.tasks.block_task import TASK_FILE, BlockTask, BlockWorker, Cost, Worker
-from connectomics.tasks.blocks import Lattice, sync
+from connectomics.tasks.blocks import Lattice, remove_traces, sync
 
 
 @dataclass(frozen=True)
@@ -146,8 +146,7 @@ class AverageTask(BlockTask):
             "model": {"seen_in_training": any(trained_on(source.attrs["connectomics"]) for source in sources)},
             **unknown_of(*sources), **self.provenance.to_dict(), "complete": True,
         }  # fmt: skip
-        for path in self.folder.glob(".done-*"):
-            path.unlink(missing_ok=True)
+        remove_traces(self.folder, maps=True)
         sync(os.fspath(self.folder))
         levels = multiscales_attrs([self.grid], Path(self.output).name, self.storage.zarr_format)
         update_attrs(self.folder, {"connectomics": ours, **levels})

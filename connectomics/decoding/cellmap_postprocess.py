@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.errors import InputError
-from connectomics.geometry import Index, triple
-from connectomics.tasks.blocks import RANK
+from connectomics.geometry import triple
 
 METHODS = ("cc3d", "watershed")
 #: Connectivity of the background: the complement of a 26-connected object is 6-connected and the other way round
@@ -91,9 +90,14 @@ def semantic_to_instance(
 
 def finished(instances: NDArray[Any], min_size: int, connectivity: int, fill_holes: bool) -> NDArray[Any]:
     """The last steps of `semantic_to_instance`, on ids (D, H, W) by their first voxel."""
+    import fastremap
+
     if fill_holes:
         instances = _filled(instances, connectivity)
-    return _compact(filter_by_size(instances, min_size) if min_size > 1 else instances)
+    if min_size > 1:
+        instances = filter_by_size(instances, min_size)
+    numbered, _ = fastremap.renumber(np.ascontiguousarray(instances), preserve_zero=True, in_place=False)
+    return np.asarray(numbered.astype(np.min_scalar_type(int(numbered.max())), copy=False))
 
 
 def filter_by_size(instances: NDArray[Any], min_size: int) -> NDArray[Any]:
@@ -149,12 +153,6 @@ def fill_holes(instances: NDArray[Any], connectivity: int = 26) -> NDArray[Any]:
     return filled.view(np.bool_) if volume.dtype == np.bool_ else filled
 
 
-def neighbor_steps(connectivity: int) -> list[Index]:
-    """Return the steps (z, y, x) from a voxel to its neighbors."""
-    every = [(z, y, x) for z in (-1, 0, 1) for y in (-1, 0, 1) for x in (-1, 0, 1)]
-    return [s for s in every if 0 < sum(map(abs, s)) <= RANK[connectivity]]
-
-
 def components(mask: NDArray[np.bool_], connectivity: int) -> NDArray[Any]:
     """Connected components 1..n of a mask by their first voxel in z-y-x order, in an unsigned type, uint16 or wider."""
     import cc3d
@@ -167,16 +165,11 @@ def components(mask: NDArray[np.bool_], connectivity: int) -> NDArray[Any]:
     return found
 
 
-def _compact(instances: NDArray[Any]) -> NDArray[Any]:
-    """Ids 1..n by their first voxel, in the narrowest type."""
-    import fastremap
-
-    numbered, _ = fastremap.renumber(np.ascontiguousarray(instances), preserve_zero=True, in_place=False)
-    return np.asarray(numbered.astype(np.min_scalar_type(int(numbered.max())), copy=False))
-
-
 def _filled(instances: NDArray[Any], connectivity: int) -> NDArray[Any]:
     """`fill_holes` of checked input; always a new array."""
+    import cc3d
+    import fastremap
+
     out = instances.copy()
     background = components(instances == 0, DUAL[connectivity])
     # Whatever an object encloses is a piece of background that does not reach the border of the volume.
@@ -185,25 +178,17 @@ def _filled(instances: NDArray[Any], connectivity: int) -> NDArray[Any]:
         return out
     enclosed = closed[background]
     del background
-    boxes = _boxes(instances)
+    compact, numbering = fastremap.renumber(instances, in_place=False, preserve_zero=True)  # ids may have gaps
+    boxes = cc3d.statistics(compact)["bounding_boxes"]
+    objects = [(boxes[int(new)], int(old)) for old, new in numbering.items() if old != 0]
     # Inner objects first: what they enclose is no longer background when an outer object's turn comes.
-    for box, identifier in sorted(boxes, key=lambda item: (math.prod(s.stop - s.start for s in item[0]), item[1])):
+    for box, identifier in sorted(objects, key=lambda item: (math.prod(s.stop - s.start for s in item[0]), item[1])):
         candidate = enclosed[box] & (out[box] == 0)
         if not candidate.any():
             continue
         outside = components(instances[box] != identifier, DUAL[connectivity])
         out[box][_closed(outside)[outside] & candidate] = identifier
     return out
-
-
-def _boxes(instances: NDArray[Any]) -> list[tuple[tuple[slice, slice, slice], int]]:
-    """The bounding box of every id but 0, with the id; ids may have gaps."""
-    import cc3d
-    import fastremap
-
-    compact, numbering = fastremap.renumber(instances, in_place=False, preserve_zero=True)
-    boxes = cc3d.statistics(compact)["bounding_boxes"]
-    return [(boxes[int(new)], int(old)) for old, new in numbering.items() if old != 0]
 
 
 def _closed(labels: NDArray[Any]) -> NDArray[np.bool_]:

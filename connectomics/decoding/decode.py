@@ -52,8 +52,14 @@ def decode_class(
         return np.zeros(volume.shape, np.uint8)
     connectivity, min_voxels = parameters.connectivity, parameters.min_voxels(voxel_size)
     if parameters.is_registered:
-        ids = _registered(volume, voxel_size, parameters)
-        return finished(ids, min_voxels, connectivity, parameters.fill_holes)
+        values = volume.astype(np.float32) / np.float32(unit_of(volume.dtype))
+        ids = np.asarray(DECODERS[parameters.method](values, voxel_size, parameters))
+        if ids.shape != values.shape or ids.dtype.kind not in "iu":
+            raise InputError(
+                f"decoder {parameters.method!r}: expected integer ids of shape {values.shape}, got {ids.dtype} of "
+                f"shape {ids.shape}; fix the function given to register_decoder"
+            )
+        return finished(np.ascontiguousarray(ids), min_voxels, connectivity, parameters.fill_holes)
     mask = above(volume, parameters.threshold)
     if parameters.is_local:
         return mask.astype(np.uint8)
@@ -66,17 +72,6 @@ def decode_class(
     if boundary is not None:
         labels = grow(mask, boundary, labels, connectivity).astype(labels.dtype)
     return labels if parameters.kind == "instance" else (labels > 0).astype(np.uint8)
-
-
-def _registered(probabilities: NDArray[Any], voxel_size: Sequence[float], parameters: DecodeParameters) -> NDArray[Any]:
-    values = probabilities.astype(np.float32) / np.float32(unit_of(probabilities.dtype))
-    ids = np.asarray(DECODERS[parameters.method](values, voxel_size, parameters))
-    if ids.shape != values.shape or ids.dtype.kind not in "iu":
-        raise InputError(
-            f"decoder {parameters.method!r}: expected integer ids of shape {values.shape}, got {ids.dtype} of shape "
-            f"{ids.shape}; fix the function given to register_decoder"
-        )
-    return np.ascontiguousarray(ids)
 
 
 def _pieces(

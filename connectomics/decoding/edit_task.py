@@ -8,7 +8,7 @@ sampled more coarsely if it has more than `EditTask.split_voxels`. In the stage 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -29,10 +29,10 @@ from connectomics.decoding.edits import (
     linked,
     steps_of,
 )
-from connectomics.decoding.label_artifact import TABLE_FILE, write_table
+from connectomics.decoding.label_artifact import write_tables
 from connectomics.decoding.parameters import METHODS
 from connectomics.errors import InputError, MetadataError
-from connectomics.geometry import Index, Triple, index, slices_of
+from connectomics.geometry import Index, Triple, index, slices_of, triple
 from connectomics.io.artifacts import about, identity, require_complete
 from connectomics.io.fingerprint import fingerprint
 from connectomics.io.multiscale import Multiscale
@@ -116,9 +116,7 @@ class EditTask(LabelsTask):
         ids, found = _added(self.tables, len(self.lattice))
         if self.parameters.kind == "semantic":
             return min(len(ids), 1)
-        write_table(self.folder / TABLE_FILE, found, self.grid, ids)
-        if self.table == "parquet":
-            write_table((self.folder / TABLE_FILE).with_suffix(".parquet"), found, self.grid, ids)
+        write_tables(self.folder, found, self.grid, self.table, ids)
         return len(ids)
 
     def further_attrs(self) -> dict[str, Any]:
@@ -195,13 +193,12 @@ class EditTask(LabelsTask):
         reader = _Edited(self, before)
         mask = np.zeros([-(-(e - b) // s) for b, e, s in zip(begin, end, stride, strict=True)], bool)
         whole = [max(1, b // s) * s for b, s in zip(self.block_shape, stride, strict=True)]
-        for first, shape in _boxes(begin, end, whole):
-            here = reader.read(first, shape)[edit.class_name] == edit.ids[0]
-            place = tuple((f - b) // s for f, b, s in zip(first, begin, stride, strict=True))
-            cells = here
+        lattice = Lattice(index(np.subtract(end, begin)), index(whole))
+        for first, shape in map(lattice.region, range(len(lattice))):
+            cells = reader.read(index(np.add(begin, first)), shape)[edit.class_name] == edit.ids[0]
             for axis, cell in enumerate(stride):
                 cells = np.logical_or.reduceat(cells, np.arange(0, cells.shape[axis], cell), axis=axis)
-            mask[slices_of(place, cells.shape)] |= cells
+            mask[slices_of(np.floor_divide(first, stride), cells.shape)] |= cells
         seeds = []
         for seed in edit.seeds:
             voxel = np.floor(grid.to_index(seed) + 0.5).astype(int)
@@ -215,8 +212,7 @@ class EditTask(LabelsTask):
             seeds.append(index((voxel - begin) // stride))
         if seeds[0] == seeds[1]:
             raise InputError(f"{self.name}: line {edit.line}: the seeds are less than {list(stride)} voxels apart")
-        size = np.multiply(grid.voxel_size, stride).tolist()
-        part = divided(mask, seeds[0], seeds[1], (size[0], size[1], size[2]))
+        part = divided(mask, seeds[0], seeds[1], triple(np.multiply(grid.voxel_size, stride)))
         self.divisions.save(len(before), {"begin": np.asarray(begin), "stride": np.asarray(stride), "part": part})
 
     def _stride(self, shape: NDArray[np.int64]) -> Index:
@@ -266,14 +262,6 @@ def _ascent(depth: NDArray[np.float32], seed: Index) -> list[Index]:
         if around.max() <= depth[path[-1]]:
             return path
         path.append(index(np.add(np.unravel_index(np.argmax(around), around.shape), low)))
-
-
-def _boxes(begin: Index, end: Index, block: Sequence[int]) -> Iterator[tuple[Index, Index]]:
-    """Yield first voxel and shape of blocks that cover a box."""
-    lattice = Lattice(index(np.subtract(end, begin)), index(block))
-    for number in range(len(lattice)):
-        (z, y, x), shape = lattice.region(number)
-        yield (z + begin[0], y + begin[1], x + begin[2]), shape
 
 
 def _added(tables: BlockFiles, count: int) -> tuple[NDArray[np.uint64], Pieces]:

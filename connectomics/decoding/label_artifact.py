@@ -20,7 +20,7 @@ from connectomics.config.values import plain
 from connectomics.decoding.blocks.pieces import Pieces
 from connectomics.decoding.parameters import DecodeParameters
 from connectomics.errors import WriteError
-from connectomics.geometry import Box, VoxelGrid, slices_of
+from connectomics.geometry import Box, VoxelGrid, index, slices_of
 from connectomics.io import store
 from connectomics.io.artifacts import Difference, Provenance, about, changed_inputs, identity, publish
 from connectomics.io.levels import halve_labels
@@ -181,21 +181,22 @@ def write_whole(levels: Sequence[ArrayWriter], labels: NDArray[Any]) -> None:
     for number, writer in enumerate(levels):
         if number:
             labels = halve_labels(labels)
-        depth, height, width = labels.shape
         whole = [max(1, b // c) * c for b, c in zip(BLOCK, writer.chunks, strict=True)]
-        for begin, block in VoxelGrid((1, 1, 1), (0, 0, 0), (depth, height, width)).blocks(whole):
+        for begin, block in VoxelGrid((1, 1, 1), (0, 0, 0), index(labels.shape)).blocks(whole):
             writer.write(begin, labels[slices_of(begin, block.shape)])
 
 
 # -- the instance table ------------------------------------------------------------------------------------------------
-def write_tables(folder: Path, objects: Pieces, grid: VoxelGrid, table: str = "csv") -> None:
-    """Write the objects 1..n of a volume on ``grid`` as ``instances.csv`` (and with ``parquet`` ``instances.parquet``).
+def write_tables(
+    folder: Path, objects: Pieces, grid: VoxelGrid, table: str = "csv", ids: NDArray[np.uint64] | None = None
+) -> None:
+    """Write the objects of a volume on ``grid`` as ``instances.csv`` (and with ``parquet`` ``instances.parquet``).
 
     A row has the `COLUMNS`. ``begin`` and ``end`` are the outer faces of the bounding box, ``center`` is the mean of
     the voxel centers; world coordinates in nm, in CSV rounded to a thousandth.
     """
     for name in _table_files(table):
-        write_table(folder / name, objects, grid)
+        write_table(folder / name, objects, grid, ids)
 
 
 def _table_files(table: str) -> list[str]:

@@ -63,7 +63,7 @@ def as_bytes(probabilities: NDArray[Any]) -> NDArray[np.uint8]:
     """Stored probabilities as uint8, ``round(255 p)``."""
     if probabilities.dtype == np.uint8:
         return probabilities
-    return np.rint(probabilities.astype(np.float32) * np.float32(255)).astype(np.uint8)
+    return np.rint(probabilities.astype(np.float32, copy=False) * np.float32(255)).astype(np.uint8)
 
 
 def unit_of(dtype: np.dtype[Any]) -> float:
@@ -96,7 +96,7 @@ def read_block(
         whole = source.levels[level].grid.shape
         inside = [max(0, min(b + n, w) - max(b, 0)) for b, n, w in zip(begin, shape, whole, strict=True)]
         if int(np.count_nonzero(there)) < math.prod(int(n) for n in inside):
-            at = tuple(int(b) for b in begin)
+            at = tuple(map(int, begin))
             raise CorruptDataError(f"{source.location} lacks chunks around voxel {at} (z y x); run predict again")
     return values
 
@@ -136,10 +136,10 @@ class OnGrid:
             if len(there) == 0:
                 return out
             spans.append((int(there[0]), int(there[-1]) + 1))
-        z, y, x = (t.part(b + s, b + e) for t, b, (s, e) in zip(self._tables, begin, spans, strict=True))
-        low, high = zip(*(t.span for t in (z, y, x)), strict=True)
+        parts = [t.part(b + s, b + e) for t, b, (s, e) in zip(self._tables, begin, spans, strict=True)]
+        low, high = zip(*(t.span for t in parts), strict=True)
         block = read_block(self._source, low, shape_between(low, high), self._level)
-        values = resample.apply(block, (z.shifted(low[0]), y.shifted(low[1]), x.shifted(low[2])))
+        values = resample.apply(block, [t.shifted(b) for t, b in zip(parts, low, strict=True)])
         at = tuple(slice(s, e) for s, e in spans)
         out[at] = np.rint(values) if self.dtype.kind == "u" else values
         return out

@@ -7,9 +7,21 @@ from connectomics.geometry.grid import (
     VoxelGrid,
     index,
     other_axes,
+    overlapping,
     shape_between,
     slices_of,
     triple,
 )
 
-__all__ = ["Box", "Index", "Triple", "VoxelGrid", "index", "other_axes", "shape_between", "slices_of", "triple"]
+__all__ = [
+    "Box",
+    "Index",
+    "Triple",
+    "VoxelGrid",
+    "index",
+    "other_axes",
+    "overlapping",
+    "shape_between",
+    "slices_of",
+    "triple",
+]

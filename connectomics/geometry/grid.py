@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from itertools import product
 from typing import Any, SupportsInt
 
 import numpy as np
@@ -59,6 +60,13 @@ def slices_of(begin: Iterable[SupportsInt], shape: Iterable[SupportsInt]) -> tup
     return tuple(slice(int(b), int(b) + int(n)) for b, n in zip(begin, shape, strict=True))
 
 
+def overlapping(shape: Sequence[int], shift: Sequence[int]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """Return the slices of the voxels p of a block whose p + ``shift`` is in the block too, and of those p + shift."""
+    here = (slice(max(0, -s), max(0, n - max(0, s))) for n, s in zip(shape, shift, strict=True))
+    there = (slice(max(0, s), max(0, n - max(0, -s))) for n, s in zip(shape, shift, strict=True))
+    return tuple(here), tuple(there)
+
+
 def shape_between(begin: Iterable[int], end: Iterable[int]) -> list[int]:
     """Return the voxels along each axis from voxel ``begin`` to voxel ``end``, which is not included."""
     return [e - b for b, e in zip(begin, end, strict=True)]
@@ -96,15 +104,15 @@ class Box:
     def intersect(self, other: Box) -> Box:
         """Return the intersection of both boxes (may be empty)."""
         return Box(
-            triple([max(a, b) for a, b in zip(self.begin, other.begin, strict=True)]),
-            triple([min(a, b) for a, b in zip(self.end, other.end, strict=True)]),
+            triple([*map(max, self.begin, other.begin)]),
+            triple([*map(min, self.end, other.end)]),
         )
 
     def hull(self, other: Box) -> Box:
         """Return the smallest box that contains both."""
         return Box(
-            triple([min(a, b) for a, b in zip(self.begin, other.begin, strict=True)]),
-            triple([max(a, b) for a, b in zip(self.end, other.end, strict=True)]),
+            triple([*map(min, self.begin, other.begin)]),
+            triple([*map(max, self.end, other.end)]),
         )
 
     def between(self, axis: int, low: float, high: float) -> Box:
@@ -115,8 +123,7 @@ class Box:
 
     def grow(self, margin: ArrayLike) -> Box:
         """Return the box with every face moved outwards by ``margin`` nm (one number or z y x; negative shrinks)."""
-        m = np.broadcast_to(np.asarray(margin, dtype=np.float64), (3,))
-        return Box(triple(np.subtract(self.begin, m)), triple(np.add(self.end, m)))
+        return Box(triple(np.subtract(self.begin, margin)), triple(np.add(self.end, margin)))
 
     def contains(self, other: Box, tolerance: float = 0.0) -> bool:
         """Return whether ``other`` lies inside, within ``tolerance`` nm."""
@@ -146,7 +153,7 @@ class VoxelGrid:
         size = triple(self.voxel_size, "VoxelGrid.voxel_size")
         if min(size) <= 0:
             raise InputError(f"VoxelGrid.voxel_size must be positive, got {size}")
-        shape = tuple(int(n) for n in self.shape)
+        shape = tuple(map(int, self.shape))
         if len(shape) != 3 or min(shape) < 0 or any(int(n) != float(n) for n in self.shape):
             raise InputError(f"VoxelGrid.shape must be three whole numbers >= 0, got {self.shape!r}")
         object.__setattr__(self, "voxel_size", size)
@@ -223,22 +230,21 @@ class VoxelGrid:
         begin, end = self.index_range(box)
         lo = [min(max(0, b), n) for b, n in zip(begin, self.shape, strict=True)]
         hi = [max(low, min(e, n)) for low, e, n in zip(lo, end, self.shape, strict=True)]
-        return slice(lo[0], hi[0]), slice(lo[1], hi[1]), slice(lo[2], hi[2])
+        z, y, x = map(slice, lo, hi)
+        return z, y, x
 
     def part(self, box: Box) -> tuple[Index, VoxelGrid]:
         """Return the begin index and the grid of the voxels that touch ``box``, clipped as `slices` are."""
-        z, y, x = self.slices(box)
-        begin = (z.start, y.start, x.start)
-        return begin, self.crop(begin, (z.stop - z.start, y.stop - y.start, x.stop - x.start))
+        touched = self.slices(box)
+        begin = index(s.start for s in touched)
+        return begin, self.crop(begin, [s.stop - s.start for s in touched])
 
     def blocks(self, block_shape: Sequence[int]) -> Iterator[tuple[Index, VoxelGrid]]:
         """Yield (begin index, grid) of the blocks of this grid in z-y-x order; border blocks are smaller."""
         step = [max(1, int(b)) for b in block_shape]
-        for z in range(0, self.shape[0], step[0]):
-            for y in range(0, self.shape[1], step[1]):
-                for x in range(0, self.shape[2], step[2]):
-                    shape = [min(s, n - b) for s, n, b in zip(step, self.shape, (z, y, x), strict=True)]
-                    yield (z, y, x), self.crop((z, y, x), shape)
+        for z, y, x in product(*map(range, (0, 0, 0), self.shape, step)):
+            shape = [min(s, n - b) for s, n, b in zip(step, self.shape, (z, y, x), strict=True)]
+            yield (z, y, x), self.crop((z, y, x), shape)
 
     def same_lattice(self, other: VoxelGrid, tolerance: float = _TOLERANCE) -> bool:
         """Return whether the voxels of both grids coincide: the same voxel size, offset by whole voxels."""

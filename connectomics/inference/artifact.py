@@ -160,8 +160,7 @@ def require_own_output(task: BlockTask, overwrite: bool) -> bool:
             )
         return True
     try:
-        difference = task.difference(task.folder / TASK_FILE)
-        other = str(difference) if difference else ""
+        other = str(task.difference(task.folder / TASK_FILE) or "")
     except MetadataError as error:
         other = f"whose task cannot be read ({error})"
     if other:
@@ -175,33 +174,25 @@ def write_probability(
     """Resample one class of a block (values on its region of the network's lattice) and store it in the array's dtype:
     uint8 as round(255 p), float16 as p; 0 at the block's voxels that are ``absent``. uint8 is stored as it is."""
     start, block = layout.blocks[number]
-    if probability.dtype == np.uint8:
-        if absent is not None:
-            probability[absent] = 0
-        writer.write(start, probability)
-        return
-    require_probabilities(float(probability.min()), float(probability.max()))
-    origin = layout.regions[number][0]
-    stored = np.empty(block.shape, writer.dtype)  # written at once: a block may be a single shard
-    if writer.dtype == np.uint8 and not layout.same_voxels:
-        resample.linear(probability, layout.model.crop(origin, probability.shape), block, stored)
-        if absent is not None:
-            stored[absent] = 0
-        writer.write(start, stored)
-        return
-    for offset, piece in block.blocks((_PIECE,) * 3):
-        begin, shape = layout.region(piece)
-        values = probability[slices_of(np.subtract(begin, origin), shape)]
-        if not layout.same_voxels:
-            values = resample.linear(values, layout.model.crop(begin, shape), piece)
-        values = np.clip(values, 0, 1)
-        at = slices_of(offset, piece.shape)
-        if absent is not None:
-            values[absent[at]] = 0
-        if writer.dtype == np.uint8:
-            values *= np.float32(255)
-            np.rint(values, out=values)
-        stored[at] = values
+    origin, stored = layout.regions[number][0], probability
+    if probability.dtype != np.uint8:
+        require_probabilities(float(probability.min()), float(probability.max()))
+        stored = np.empty(block.shape, writer.dtype)  # written at once: a block may be a single shard
+        if writer.dtype == np.uint8 and not layout.same_voxels:
+            resample.linear(probability, layout.model.crop(origin, probability.shape), block, stored)
+        else:
+            for offset, piece in block.blocks((_PIECE,) * 3):
+                begin, shape = layout.region(piece)
+                values = probability[slices_of(np.subtract(begin, origin), shape)]
+                if not layout.same_voxels:
+                    values = resample.linear(values, layout.model.crop(begin, shape), piece)
+                values = np.clip(values, 0, 1)
+                if writer.dtype == np.uint8:
+                    values *= np.float32(255)
+                    np.rint(values, out=values)
+                stored[slices_of(offset, piece.shape)] = values
+    if absent is not None:
+        stored[absent] = 0
     writer.write(start, stored)
 
 

@@ -92,11 +92,11 @@ def slabs_of(lattice: WindowLattice, region: Region) -> int:
 
 def hull(lattice: WindowLattice, z: Sequence[int], y: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
     """Return first and last (exclusive) voxel along z and y of the windows with these ascending numbers."""
-    (z0, z1), (y0, y1) = (
+    along_z, along_y = (
         (lattice.starts[axis][t[0]], lattice.starts[axis][t[-1]] + lattice.window[axis])
         for axis, t in enumerate((z, y))
     )
-    return (z0, z1), (y0, y1)
+    return along_z, along_y
 
 
 def _slabs(
@@ -286,13 +286,17 @@ class Row:
         corner = (self._hull[0][0], self._hull[1][0], self._raw_begin)
         return self._raw[slices_of(np.subtract(self._lattice.begin_of(numbers), corner), self._lattice.window)]
 
-    def _require_finite(self, finite: bool, x0: int, x1: int) -> None:
-        if not finite:
-            block = self._lattice.grid.crop((*self._begin, x0), (*self._shape, x1 - x0))
+    def _check(self, out: NDArray[Any], lows: Sequence[float], highs: Sequence[float], x0: int) -> None:
+        """Raise `InputError` if ``out``, the values from voxel ``x0`` on, whose smallest and largest ones are given, is
+        not finite, or has no probabilities to store."""
+        if not math.isfinite(sum(lows) + sum(highs)):
+            block = self._lattice.grid.crop((*self._begin, x0), out.shape[1:])
             raise NotFiniteError(
                 f"the network's output has values that are not finite (NaN or infinite) in the block {block.box}; "
                 "check the checkpoint, or use full precision"
             )
+        if out.dtype == np.uint8:
+            require_probabilities(min(lows), max(highs))
 
     def _clear_beyond(self, values: torch.Tensor, begin: Index) -> None:
         """Set values (C, d, h, w), which start at voxel ``begin``, to 0 where there is no raw. One voxel beyond the raw
@@ -371,9 +375,7 @@ class BlockRow(Row):
             highs.append(high)
         for slab, here, _ in self._parts(x0, clear):
             slab[..., here].zero_()
-        self._require_finite(math.isfinite(sum(lows) + sum(highs)), x0, x1)
-        if out.dtype == np.uint8:
-            require_probabilities(min(lows), max(highs))
+        self._check(out, lows, highs, x0)
         return out
 
 

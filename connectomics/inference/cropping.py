@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.inference.blending import Into, Row
-from connectomics.inference.probability_values import require_probabilities, store
+from connectomics.inference.probability_values import store
 
 
 class CoreRow(Row):
@@ -32,9 +30,7 @@ class CoreRow(Row):
                 lows.append(low)
                 highs.append(high)
         self._x = x0
-        self._require_finite(math.isfinite(sum(lows) + sum(highs)), x0, x1)
-        if out.dtype == np.uint8:
-            require_probabilities(min(lows), max(highs))
+        self._check(out, lows, highs, x0)
         if self._lattice.leaves_raw:
             self._clear_beyond(torch.from_numpy(out), (*self._begin, x0))
         return out

@@ -95,9 +95,8 @@ class Presence:
             for z in range(low[0], high[0], depth):
                 end = min(z + depth, high[0])
                 stored = self._stored((z, *low[1:]), (end, *high[1:])).astype(np.int64)
-                along_z = np.tensordot(per_axis[0][:, z - low[0] : end - low[0]], stored, (1, 0))
-                along_y = np.tensordot(along_z, per_axis[1], (1, 1))  # blocks z, chunks x, blocks y
-                missing -= np.tensordot(along_y, per_axis[2], (1, 1))
+                along_z = per_axis[0][:, z - low[0] : end - low[0]]
+                missing -= np.einsum("az,by,cx,zyx->abc", along_z, *per_axis[1:], stored, optimize=True)
         return missing.reshape(-1)
 
     def absent(self, number: int) -> NDArray[np.bool_]:

@@ -97,7 +97,7 @@ class Layout:
             n, between = self.model.shape[axis], range(unit, self.target.shape[axis], unit)
             marks.append((0, *(margin + int(end * scale + 1e-6) for end in between), n))
             reach.append(margin + (abs(unit * scale - round(unit * scale)) > 1e-6))
-        return Cores((marks[0], marks[1], marks[2]), index(reach))
+        return Cores(tuple(marks), index(reach))
 
     @cached_property
     def cropped(self) -> Index:
@@ -198,8 +198,7 @@ class Layout:
         begin, end = self.model.index_range(part.box)
         low = [max(0, b - m) for b, m in zip(begin, self._margin, strict=True)]
         high = [min(n, e + m) for n, e, m in zip(self.model.shape, end, self._margin, strict=True)]
-        shape = shape_between(low, high)
-        return (low[0], low[1], low[2]), (shape[0], shape[1], shape[2])
+        return index(low), index(shape_between(low, high))
 
     def value_type(self, dtype: str, uncertainty: str) -> np.dtype[Any]:
         """Return the dtype in which blocks wait to be written: uint8 if they are written as they are."""

@@ -330,7 +330,7 @@ class PredictTask(BlockTask):
     @contextmanager
     def open_worker(self, stage: str, device: str) -> Iterator[Worker]:
         if (levels := PyramidStage.of(stage, self._pyramids)) is not None:
-            yield levels.worker()
+            yield levels
         else:
             with self.open_networks(device) as networks:
                 yield PredictWorker(self, networks, device)

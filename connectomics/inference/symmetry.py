@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from connectomics.errors import InputError, require_known
-from connectomics.geometry import Index, index
+from connectomics.geometry import Index, index, overlapping
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +36,7 @@ class Symmetry:
     """
 
     axes: Index = (0, 1, 2)
-    backwards: tuple[bool, bool, bool] = (False, False, False)
+    backwards: tuple[bool, ...] = (False, False, False)
 
     def __post_init__(self) -> None:
         if sorted(self.axes) != [0, 1, 2] or len(self.backwards) != 3:
@@ -49,8 +49,7 @@ class Symmetry:
         letters = [part[-1] for part in parts]
         if "".join(parts) != str(text) or sorted(letters) != sorted(_AXES):
             raise InputError(f"a symmetry is written as z, y, x in any order with signs, as in 'x-yz'; got {text!r}")
-        signs = [part.startswith("-") for part in parts]
-        return cls(index(map(_AXES.index, letters)), (signs[0], signs[1], signs[2]))
+        return cls(index(map(_AXES.index, letters)), tuple(part.startswith("-") for part in parts))
 
     def __str__(self) -> str:
         return "".join("-" * sign + _AXES[axis] for axis, sign in zip(self.axes, self.backwards, strict=True))
@@ -58,8 +57,8 @@ class Symmetry:
     @property
     def inverse(self) -> Symmetry:
         """The symmetry that undoes this one."""
-        z, y, x = (self.axes.index(axis) for axis in range(3))
-        return Symmetry((z, y, x), (self.backwards[z], self.backwards[y], self.backwards[x]))
+        axes = index(map(self.axes.index, range(3)))
+        return Symmetry(axes, tuple(self.backwards[axis] for axis in axes))
 
     def offset(self, offset: Index) -> Index:
         """Return what an offset (z, y, x) becomes."""
@@ -179,7 +178,7 @@ class ChannelMap:
             return out
         result = torch.zeros_like(out)
         for number, source in enumerate(self.channels):
-            here, there = _overlapping(out.shape[2:], source.shift)
+            here, there = overlapping(out[:, 0].shape, (0, *source.shift))
             values = out[:, source.channel][there]
             result[:, number][here] = 1 - values if source.complement else values
         return result
@@ -190,7 +189,7 @@ class ChannelMap:
 
         result = torch.zeros(like.shape[1:], dtype=torch.float32, device=like.device)
         for number, source in enumerate(self.channels):
-            result[number][_overlapping(like.shape[2:], source.shift)[0][1:]] = 1
+            result[number][overlapping(like.shape[2:], source.shift)[0]] = 1
         return result
 
 
@@ -211,13 +210,6 @@ def channel_maps(chosen: Sequence[Symmetry], about: Sequence[Mapping[str, Any]])
     return maps
 
 
-def _overlapping(shape: Sequence[int], shift: Index) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-    """The voxels p of (B, d, h, w) whose p + shift is inside too, and those p + shift."""
-    here = (slice(max(0, -s), max(0, n - max(0, s))) for n, s in zip(shape, shift, strict=True))
-    there = (slice(max(0, s), max(0, n - max(0, -s))) for n, s in zip(shape, shift, strict=True))
-    return (slice(None), *here), (slice(None), *there)
-
-
 def _source(symmetry: Symmetry, number: int, about: Sequence[Mapping[str, Any]]) -> ChannelSource:
     mine = about[number]
     kind = mine.get("artefact")
@@ -234,7 +226,7 @@ def _source_of_offset(
 ) -> ChannelSource:
     offset = index(mine["offset"])
     wanted = symmetry.offset(offset)
-    offsets = {tuple(int(o) for o in a["offset"]): n for n, a in alike.items()}
+    offsets = {tuple(map(int, a["offset"])): n for n, a in alike.items()}
     if wanted in offsets:
         return ChannelSource(offsets[wanted])
     opposite = tuple(-o for o in wanted)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from connectomics.config import RunConfig
 from connectomics.errors import InputError
-from connectomics.geometry import Box, Index, Triple, VoxelGrid, index, shape_between
+from connectomics.geometry import Box, Index, Triple, VoxelGrid, index, shape_between, triple
 from connectomics.inference.symmetry import Symmetry
 from connectomics.io.mirror import Extent
 from connectomics.models.registry import fixed_patch_size, required_multiple, takes_any_window
@@ -33,7 +33,7 @@ def whole_index(values: Sequence[int] | int, what: str, least: int) -> Index:
     numbers = [values] * 3 if isinstance(values, int) else [int(v) for v in values]
     if len(numbers) != 3 or min(numbers) < least:
         raise InputError(f"{what} must be three whole numbers >= {least} (z, y, x), got {values!r}")
-    return numbers[0], numbers[1], numbers[2]
+    return index(numbers)
 
 
 def overlap_per_axis(overlap: Sequence[float] | float) -> Triple:
@@ -41,7 +41,7 @@ def overlap_per_axis(overlap: Sequence[float] | float) -> Triple:
     shares = tuple(map(float, (overlap,) * 3 if isinstance(overlap, int | float) else overlap))
     if len(shares) != 3 or not all(0 <= share < 1 for share in shares):
         raise InputError(f"overlap must be at least 0 and below 1, one number or three (z, y, x), got {overlap}")
-    return shares[0], shares[1], shares[2]
+    return triple(shares)
 
 
 def window_for(config: RunConfig, box: Box) -> tuple[Index, Triple]:
@@ -150,7 +150,7 @@ class Windows:
         return Windows(chosen[0].before(self.size), overlap, fit, self.crop)
 
 
-PerAxis = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+PerAxis = tuple[tuple[int, ...], ...]  # of z, y and x
 
 
 @dataclass(frozen=True)
@@ -233,10 +233,9 @@ class WindowLattice:
             wanted = [min(n, core + o) for n, core, o in zip(wanted, widest, shared, strict=True)]
         size = most if fit is None else fit.sides(most, wanted, shared)
         if cores is None:
-            z, y, x = (_scan(*a) for a in zip(spans, size, map(operator.sub, size, shared), raws, strict=True))
-            return cls(grid, size, (z, y, x), extent)
-        z, y, x = (_around(*a) for a in zip(faces, spans, size, raws, strict=True))
-        return cls(grid, size, (z, y, x), extent, (faces[0], faces[1], faces[2]), reach)
+            starts = map(_scan, spans, size, map(operator.sub, size, shared), raws)
+            return cls(grid, size, tuple(starts), extent)
+        return cls(grid, size, tuple(map(_around, faces, spans, size, raws)), extent, tuple(faces), reach)
 
     @property
     def count(self) -> int:

@@ -75,7 +75,11 @@ class StoredArray:
             self.zarr_format, self._metadata_name = 3, "zarr.json"
             meta = read_json(join(self.location, "zarr.json"), options)
             if meta is None or meta.get("node_type") != "array":
-                raise _no_array(self.location, meta, options)
+                if meta is not None or exists(join(self.location, ".zgroup"), options):
+                    raise MetadataError(
+                        f"{self.location} is a Zarr group, expected an array; name one of its arrays (s0, ...)"
+                    )
+                raise MissingError(f"no Zarr array at {self.location}: neither .zarray nor zarr.json exists")
         self.metadata = meta
         self._signed = is_s3(self.location) and s3.is_signed(split_s3(self.location)[0], self.options)
         self.absent_is_fill: bool = self.zarr_format == 3 and ABSENT.items() <= meta.get("attributes", {}).items()
@@ -94,14 +98,14 @@ class StoredArray:
             raise MetadataError(f"{self.location} holds {self.dtype}; expected bool, integers or floats")
 
     def _parse(self, meta: dict[str, Any]) -> None:
-        self.shape = tuple(int(n) for n in meta["shape"])
+        self.shape = tuple(map(int, meta["shape"]))
         self._sharding: dict[str, Any] | None = None
         if self.zarr_format == 2:
-            self.chunks = files = tuple(int(n) for n in meta["chunks"])
+            self.chunks = files = tuple(map(int, meta["chunks"]))
             self.dtype = np.dtype(meta["dtype"]).newbyteorder("=")
             self._key_prefix, self._separator = "", str(meta.get("dimension_separator", "."))
         else:
-            self.chunks = files = tuple(int(n) for n in meta["chunk_grid"]["configuration"]["chunk_shape"])
+            self.chunks = files = tuple(map(int, meta["chunk_grid"]["configuration"]["chunk_shape"]))
             first, *others = meta["codecs"]
             if first["name"] == "sharding_indexed" and not others and not self.absent_is_fill:
                 inner = first["configuration"]
@@ -301,7 +305,7 @@ class StoredArray:
 
     def _decode_with_zarr(self, array: Any, low: list[int], high: list[int]) -> NDArray[Any]:
         out = np.empty([h - lo for lo, h in zip(low, high, strict=True)], self.dtype)
-        for index in product(*(range(a, b) for a, b in zip(*self.chunk_range(low, high), strict=True))):
+        for index in product(*map(range, *self.chunk_range(low, high))):
             where = self.chunk_location(index)
             begin = [max(lo, i * c) for lo, i, c in zip(low, index, self.chunks, strict=True)]
             end = [min(h, (i + 1) * c) for h, i, c in zip(high, index, self.chunks, strict=True)]
@@ -362,12 +366,6 @@ class StoredArray:
 
     def __repr__(self) -> str:
         return f"StoredArray({self.location!r}, shape={self.shape}, dtype={self.dtype}, chunks={self.chunks})"
-
-
-def _no_array(location: str, meta: dict[str, Any] | None, options: StoreOptions) -> Exception:
-    if meta is not None or exists(join(location, ".zgroup"), options):
-        return MetadataError(f"{location} is a Zarr group, expected an array; name one of its arrays (s0, ...)")
-    return MissingError(f"no Zarr array at {location}: neither .zarray nor zarr.json exists")
 
 
 def _check_blosc(path: str, metadata: dict[str, Any]) -> None:

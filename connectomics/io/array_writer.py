@@ -125,8 +125,7 @@ class ArrayWriter:
 
     def _chunks_of(self, begin: Sequence[int], end: Sequence[int]) -> Iterator[_Part]:
         """Chunks of the block [begin, end): index, and the shared part inside the chunk and inside the block."""
-        spans = [range(int(b) // c, (e - 1) // c + 1) for b, e, c in zip(begin, end, self.chunks, strict=True)]
-        for index in product(*spans):
+        for index in product(*map(range, *self._stored.chunk_range(begin, end))):
             low = [max(i * c, b) for i, c, b in zip(index, self.chunks, begin, strict=True)]
             high = [min((i + 1) * c, e) for i, c, e in zip(index, self.chunks, end, strict=True)]
             origin = [i * c for i, c in zip(index, self.chunks, strict=True)]

@@ -37,8 +37,10 @@ def halve_raw(data: NDArray[Any]) -> NDArray[Any]:
     out = np.empty([-(-n // 2) for n in data.shape], dtype=data.dtype)
     for z in range(0, out.shape[0], _PLANES):
         sums: NDArray[Any] = data[2 * z : 2 * (z + _PLANES)].astype(exact)
-        for axis in range(3):
-            sums = _pair_sum(sums, axis)
+        if any(n % 2 for n in sums.shape):  # a last voxel without a partner counts twice, so its mean is itself
+            sums = np.pad(sums, [(0, n % 2) for n in sums.shape], "edge")
+        for _ in range(3):  # axis 0 becomes the last one, so the third turn restores the order
+            sums = np.moveaxis(sums[0::2] + sums[1::2], 0, 2)
         sums = sums / 8
         out[z : z + _PLANES] = np.rint(sums) if data.dtype.kind in "iu" else sums
     return out
@@ -51,14 +53,3 @@ def halve_labels(data: NDArray[Any]) -> NDArray[Any]:
     out = np.empty([-(-n // 2) for n in data.shape], dtype=data.dtype)
     majority_of_eight(np.ascontiguousarray(data), out)
     return out
-
-
-def _pair_sum(data: NDArray[Any], axis: int) -> NDArray[Any]:
-    """Sums of neighbors along ``axis``; a last voxel without a partner counts twice, so its mean is itself."""
-    data = np.moveaxis(data, axis, 0)
-    sums = data[0::2].copy()
-    partners = data[1::2]
-    sums[: len(partners)] += partners
-    if len(partners) < len(sums):
-        sums[-1] *= 2
-    return np.moveaxis(sums, 0, axis)

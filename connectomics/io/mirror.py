@@ -36,8 +36,8 @@ class Extent:
         runs = [np.flatnonzero(axis) for axis in resample.inside_axes(volume, around)]
         if not all(len(run) for run in runs):
             return cls((0, 0, 0), (0, 0, 0))
-        z, y, x = ((b - 1 + int(run[0]), b + int(run[-1])) for b, run in zip(low, runs, strict=True))
-        return cls((z[0], y[0], x[0]), (z[1], y[1], x[1]))
+        first, last = zip(*((run[0], run[-1]) for run in runs), strict=True)
+        return cls(index(np.subtract(low, 1) + first), index(np.add(low, last)))
 
     @property
     def shape(self) -> Index:
@@ -51,8 +51,7 @@ class Extent:
         """Return this extent in indices of a lattice whose first voxel has index ``begin`` here."""
         if self.is_empty:
             return self
-        z, y, x = ((lo - b, hi - b) for lo, hi, b in zip(self.low, self.high, begin, strict=True))
-        return Extent((z[0], y[0], x[0]), (z[1], y[1], x[1]))
+        return Extent(index(np.subtract(self.low, begin)), index(np.subtract(self.high, begin)))
 
     def holds(self, begin: Sequence[int], end: Sequence[int]) -> bool:
         """Return whether all indices ``begin`` to ``end`` (exclusive) lie in the volume."""

@@ -156,9 +156,10 @@ class Multiscale:
         tables = resample.raw_tables(source, grid)
         in_box = resample.inside_axes(source, grid)
         # the inside is one run per axis, so the windows contain nothing else
-        for window in product(*map(_pieces, tables, in_box)):
-            part = tuple(t.part(w.start, w.stop) for t, w in zip(tables, window, strict=True))
-            values, present = self._resampled(index, (part[0], part[1], part[2]))
+        ends = (t.first + t.count for t in tables)
+        for window in product(*map(_pieces, (t.first for t in tables), ends, in_box)):
+            part = [t.part(w.start, w.stop) for t, w in zip(tables, window, strict=True)]
+            values, present = self._resampled(index, part)
             out[window] = values if present is None else np.where(present, values, 0)
             mask[window] = True if present is None else present
         return out, mask
@@ -177,11 +178,8 @@ class Multiscale:
         source = self.levels[index].grid
         out, mask = np.zeros(grid.shape, self.levels[index].dtype), np.zeros(grid.shape, bool)
         indices = resample.nearest_indices(source, grid)
-        tables = [
-            resample.AxisTable(i, ((i >= 0) & (i < n)).astype(np.int64), np.ones((len(i), 1), np.float32))
-            for i, n in zip(indices, source.shape, strict=True)
-        ]
-        for window in product(*(_pieces(t, t.count > 0) for t in tables)):
+        in_box = resample.inside_axes(source, grid)
+        for window in product(*(_pieces(i, i + 1, axis) for i, axis in zip(indices, in_box, strict=True))):
             z, y, x = (i[w] for i, w in zip(indices, window, strict=True))
             begin = [int(i[0]) for i in (z, y, x)]
             shape = [int(i[-1]) + 1 - b for i, b in zip((z, y, x), begin, strict=True)]
@@ -252,13 +250,12 @@ class Multiscale:
 
     def _resampled(self, index: int, tables: resample.Tables) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None]:
         """Target values of one window, and the mask of those whose chunks are all stored (None: all of them)."""
-        spans = [t.span for t in tables]
-        begin, end = [s[0] for s in spans], [s[1] for s in spans]
+        begin, end = zip(*(t.span for t in tables), strict=True)
         block, inside = self.read_level(index, begin, shape_between(begin, end))
         self._check_finite(index, block, begin)
-        z, y, x = (t.shifted(b) for t, b in zip(tables, begin, strict=True))
-        present = None if inside.all() else self._all_stored(index, inside, begin, (z, y, x))
-        return resample.apply(block, (z, y, x)), present
+        own = [t.shifted(b) for t, b in zip(tables, begin, strict=True)]
+        present = None if inside.all() else self._all_stored(index, inside, begin, own)
+        return resample.apply(block, own), present
 
     def _all_stored(
         self, index: int, inside: NDArray[np.bool_], begin: Sequence[int], tables: resample.Tables
@@ -272,7 +269,7 @@ class Multiscale:
             first = chunk_of[table.first]
             count = chunk_of[table.first + table.count - 1] - first + 1
             of_chunks.append(resample.AxisTable(first, count, table.weights))
-        return resample.all_present(inside[np.ix_(*shown)], (of_chunks[0], of_chunks[1], of_chunks[2]))
+        return resample.all_present(inside[np.ix_(*shown)], of_chunks)
 
     def _check_finite(self, index: int, block: NDArray[Any], begin: Sequence[int] | NDArray[Any]) -> None:
         if block.dtype.kind != "f":
@@ -329,17 +326,19 @@ class PlainArray:
         return f"PlainArray({self.location!r}, shape={self.shape}, dtype={self.dtype})"
 
 
-def _pieces(table: resample.AxisTable, wanted: NDArray[np.bool_]) -> list[slice]:
-    """Runs of target voxels along an axis, from the first wanted one to the last, short enough to hold at a time."""
+def _pieces(begins: NDArray[np.int64], ends: NDArray[np.int64], wanted: NDArray[np.bool_]) -> list[slice]:
+    """Runs of target voxels along an axis, from the first wanted one to the last, short enough to hold at a time.
+
+    ``begins``, ``ends``: of the source voxels behind each target voxel; they never decrease where it is wanted.
+    """
     kept = np.flatnonzero(wanted)
     if len(kept) == 0:
         return []
     pieces = []
     start, stop = int(kept[0]), int(kept[-1]) + 1
     while start < stop:
-        limit = int(table.first[start]) + _SOURCE_SPAN
-        ends = table.first[start:stop] + table.count[start:stop]  # they never decrease
-        fits = min(_TARGET_SPAN, max(1, int(np.searchsorted(ends, limit, side="right"))))
+        fitting = np.searchsorted(ends[start:stop], begins[start] + _SOURCE_SPAN, side="right")
+        fits = min(_TARGET_SPAN, max(1, int(fitting)))
         pieces.append(slice(start, start + fits))
         start += fits
     return pieces

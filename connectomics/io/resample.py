@@ -11,6 +11,7 @@ the center of mass is the target center. So both cases reproduce a linear ramp e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +55,8 @@ class AxisTable:
         return AxisTable(np.where(self.count > 0, self.first - begin, 0), self.count, self.weights)
 
 
-Tables = tuple[AxisTable, AxisTable, AxisTable]
+#: Of the axes z, y and x.
+Tables = Sequence[AxisTable]
 
 
 def linear(
@@ -96,10 +98,9 @@ def nearest(block: NDArray[Any], block_grid: VoxelGrid, target_grid: VoxelGrid) 
     """
     _check(block, block_grid)
     out = np.zeros(target_grid.shape, dtype=block.dtype)
-    indices = nearest_indices(block_grid, target_grid)
-    kept = [np.flatnonzero((i >= 0) & (i < n)) for i, n in zip(indices, block.shape, strict=True)]
+    kept = [np.flatnonzero(axis) for axis in inside_axes(block_grid, target_grid)]
     if all(len(k) for k in kept):
-        z, y, x = (i[k] for i, k in zip(indices, kept, strict=True))
+        z, y, x = (i[k] for i, k in zip(nearest_indices(block_grid, target_grid), kept, strict=True))
         box = tuple(slice(int(k[0]), int(k[-1]) + 1) for k in kept)
         out[box] = take(block, z, y, x)
     return out
@@ -129,13 +130,12 @@ def inside_axes(source: VoxelGrid, target: VoxelGrid) -> list[NDArray[np.bool_]]
 
 def raw_tables(source: VoxelGrid, target: VoxelGrid) -> Tables:
     """Return the tables of `linear` from the whole ``source`` grid to ``target``."""
-    z, y, x = (
+    return [
         _balanced_area(source, target, axis)
         if target.voxel_size[axis] > source.voxel_size[axis] * (1 + _TOLERANCE)
         else _interpolation(source, target, axis)
         for axis in range(3)
-    )
-    return z, y, x
+    ]
 
 
 def overlap_tables(source: VoxelGrid, target: VoxelGrid) -> tuple[Tables, list[NDArray[np.float64]]]:
@@ -147,7 +147,7 @@ def overlap_tables(source: VoxelGrid, target: VoxelGrid) -> tuple[Tables, list[N
         mean = weights / np.where(count > 0, covered, 1)[:, None]
         tables.append(AxisTable(first, count, mean.astype(np.float32)))
         shares.append(np.clip(covered / (target.voxel_size[axis] / source.voxel_size[axis]), 0, 1))
-    return (tables[0], tables[1], tables[2]), shares
+    return tables, shares
 
 
 def apply(block: NDArray[Any], tables: Tables, quantized: NDArray[np.uint8] | None = None) -> NDArray[Any]:

@@ -55,9 +55,7 @@ class Storage:
     def of(cls, config: OutputConfig) -> Storage:
         """Return what the configuration's group ``output`` asks for; `ConfigError` if its values do not fit."""
         chunk, shard = config.chunk, config.shard
-        return cls(
-            config.format, (chunk[0], chunk[1], chunk[2]), None if shard is None else (shard[0], shard[1], shard[2])
-        )
+        return cls(config.format, index(chunk), None if shard is None else index(shard))
 
     @classmethod
     def like(cls, folder: Path) -> Storage:

@@ -61,7 +61,7 @@ def create_array(
         codec: of a sharded array, see `connectomics.io.sharded`.
     """
     path = output_of(location)
-    size = tuple(int(n) for n in shape)
+    size = tuple(map(int, shape))
     steps = [int(c) for c in chunks] + [int(chunks[-1])] * (len(size) - len(chunks))
     if min(size, default=0) < 0 or min(steps) < 1:
         raise InputError(f"{path}: expected shape >= 0 and chunks >= 1, got {size} and {tuple(chunks)}")
@@ -235,14 +235,13 @@ def ensure_group(location: Location, attrs: Mapping[str, Any] | None = None, zar
 def update_attrs(location: Location, attrs: Mapping[str, Any]) -> None:
     """Set top-level attributes of a Zarr group or array, keeping the others, in one atomic rewrite of their file."""
     path = output_of(location)
-    node = read_json(path / "zarr.json")
-    if node is not None and not (path / ".zgroup").exists() and not (path / ".zarray").exists():
-        write_json(path / "zarr.json", {**node, "attributes": {**node.get("attributes", {}), **attrs}})
+    if (path / ".zgroup").exists() or (path / ".zarray").exists():
+        write_json(path / ".zattrs", {**(read_json(path / ".zattrs") or {}), **attrs})
         return
-    if not (path / ".zgroup").exists() and not (path / ".zarray").exists():
+    node = read_json(path / "zarr.json")
+    if node is None:
         raise MissingError(f"no Zarr group or array at {path}; make it first (ensure_group, create_array)")
-    old = read_json(path / ".zattrs") or {}
-    write_json(path / ".zattrs", {**old, **attrs})
+    write_json(path / "zarr.json", {**node, "attributes": {**node.get("attributes", {}), **attrs}})
 
 
 def _clear(path: Path, overwrite: bool) -> None:

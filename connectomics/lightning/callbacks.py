@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 
 from connectomics.data.loader import PatchLoader
 from connectomics.errors import ConnectomicsError
+from connectomics.io.replacing import link_or_copy
 from connectomics.lightning.checkpoints import read_checkpoint
 from connectomics.lightning.module import ConnectomicsModule
 from connectomics.lightning.panels import panel
@@ -110,10 +110,7 @@ class BestCheckpoint(Callback):
             return
         target, temporary = best.with_name("best.ckpt"), best.with_name("best.ckpt.part")
         temporary.unlink(missing_ok=True)
-        try:
-            os.link(best, temporary)
-        except OSError:
-            shutil.copyfile(best, temporary)
+        link_or_copy(str(best), str(temporary))
         os.replace(temporary, target)
         self._linked = str(best)
 

@@ -14,7 +14,7 @@ from connectomics.config.heads import heads_of
 from connectomics.data.volumes import CropVolume
 from connectomics.decoding.decode import decode_class
 from connectomics.decoding.parameters import AFFINITY_METHODS, DecodeParameters, decode_parameters
-from connectomics.decoding.probabilities import above
+from connectomics.decoding.probabilities import above, as_bytes
 from connectomics.decoding.watershed.heights import HeadValues
 from connectomics.errors import ConfigError, unknown_name
 from connectomics.geometry import VoxelGrid, slices_of
@@ -140,11 +140,11 @@ class CropScore:
         at = slices_of(begin, block.shape)
         for name, kept in self._affinities.items():
             first, offsets = self.total.affinities[name]
-            kept[:, *at] = _stored(probability[first : first + len(offsets)])
+            kept[:, *at] = as_bytes(probability[first : first + len(offsets)])
         for name, values in self._heads.items():
-            values[at] = _stored(probability[self.total.heads[name][0]])
+            values[at] = as_bytes(probability[self.total.heads[name][0]])
         for channel, name in enumerate(self.total.classes):
-            stored = _stored(probability[channel])
+            stored = as_bytes(probability[channel])
             if name in self._kept:
                 self._kept[name][at] = stored
             if name in self._truth:
@@ -201,8 +201,3 @@ class CropScore:
         else:
             distances = (score.hausdorff_norm_sum, score.n_hausdorff)
             self.total.add(name, score.tp, score.fp, score.fn, distances)
-
-
-def _stored(probability: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Return probabilities as `predict` stores them."""
-    return np.rint(probability * np.float32(255)).astype(np.uint8)

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from connectomics.config import RunConfig, config_from_dict
 from connectomics.data.splits import Split
 from connectomics.errors import ConfigError, CorruptDataError, InputError, MissingError
+from connectomics.geometry import Triple, triple
 
 if TYPE_CHECKING:
     from connectomics.inference.trained_network import TrainedNetwork
@@ -57,10 +58,9 @@ class Package:
         return list(self.about["classes"])
 
     @property
-    def voxel_size(self) -> tuple[float, float, float]:
+    def voxel_size(self) -> Triple:
         """Voxel size of the network's input, nm, z y x."""
-        z, y, x = self.about["voxel_size"]
-        return float(z), float(y), float(x)
+        return triple(self.about["voxel_size"])
 
 
 def is_package(path: str | Path) -> bool:

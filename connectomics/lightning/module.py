@@ -78,8 +78,8 @@ class ConnectomicsModule(TrainedNetwork, pl.LightningModule):
         super().__init__(config, build_network(config, sum(channel_groups(config))))
         self.frozen_norms = freeze(self.network, config.model.freeze)
         self.train()
-        model, (z, y, x) = config.model, config.dataset.voxel_size
-        self.loss = build_loss(model.loss_functions, model.loss_weights, model.loss_options, (z, y, x))
+        model = config.model
+        self.loss = build_loss(model.loss_functions, model.loss_weights, model.loss_options, config.voxel_size)
         weigh_classes(self.loss, config)
         self.head_losses = HeadLosses(self.heads)
         self.window = inference_window(config)
@@ -343,7 +343,7 @@ class ConnectomicsModule(TrainedNetwork, pl.LightningModule):
             "format": CHECKPOINT_FORMAT,
             "version": connectomics.__version__,
             "classes": list(self.classes),
-            "voxel_size": [float(v) for v in self.config.dataset.voxel_size],  # nm, z y x
+            "voxel_size": list(self.config.voxel_size),  # nm, z y x
             "config": config_to_dict(self.config),
             "seen": self.of_all_processes(self.seen.values).cpu(),  # in the epoch so far, by all processes
         }

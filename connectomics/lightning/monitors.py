@@ -43,8 +43,7 @@ def check_monitors(config: RunConfig) -> None:
                 f"{group}.monitor is {monitor}, which is computed only with training.val_score=true (it is false); "
                 f"set that, or {group}.monitor=val/dice"
             )
-        names = logged_names(config)
-        require_known("metric", [monitor], names, f"{group}.monitor")
+        require_known("metric", [monitor], logged_names(config), f"{group}.monitor")
 
 
 def check_monitored_classes(config: RunConfig, crops: Iterable[CropVolume | None]) -> None:

@@ -81,7 +81,7 @@ def _stages(config: RunConfig) -> dict[str, Any]:
 
 def inference_window(config: RunConfig) -> list[int]:
     """Return the window in voxels, z y x: `inference.window`, or the patch if that is null; raise `InputError`."""
-    window = list(config.inference.window or config.data.patch_size)
+    window = list(config.window)
     architecture = config.model.architecture
     try:
         check_patch_size(architecture, window, model_options(config))

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from connectomics.errors import InputError
-from connectomics.metrics.overlaps import pair_counts
+from connectomics.metrics.overlaps import known_mask, pair_counts
 
 
 class Pooled:
@@ -39,9 +39,7 @@ class Counts(Pooled):
             raise InputError(f"prediction and ground truth must have one shape, got {a.shape} and {b.shape}")
         size = a.size
         if known is not None:
-            mask = np.asarray(known).astype(bool, copy=False)
-            if mask.shape != a.shape:
-                raise InputError(f"the mask of known voxels must have shape {a.shape}, got {mask.shape}")
+            mask = known_mask(known, a.shape)
             a, b, size = a & mask, b & mask, int(np.count_nonzero(mask))
         tp = int(np.count_nonzero(a & b))
         fp, fn = int(np.count_nonzero(a)) - tp, int(np.count_nonzero(b)) - tp

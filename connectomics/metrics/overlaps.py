@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from connectomics.errors import InputError
 
 _FIRST_CAPACITY = 1 << 12
+_Table = tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.int64]]
 
 
 # -- a hash table of pairs ---------------------------------------------------------------------------------------------
@@ -100,9 +101,7 @@ def label_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
     return np.dtype(np.uint64) if dtype.kind == "f" else np.dtype(f"u{dtype.itemsize}")
 
 
-def pair_counts(
-    first: ArrayLike, second: ArrayLike, known: ArrayLike | None = None
-) -> tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.int64]]:
+def pair_counts(first: ArrayLike, second: ArrayLike, known: ArrayLike | None = None) -> _Table:
     """Return the contingency table of two label volumes of one shape: label, label, number of voxels.
 
     Sorted by (first, second); label 0 is a label like any other. Only voxels where ``known`` is true count (default:
@@ -113,22 +112,28 @@ def pair_counts(
         raise InputError(f"two label volumes of one shape are needed, got {a.shape} and {b.shape}")
     width = max(a.dtype.itemsize, b.dtype.itemsize)  # one compiled version per width, not one per pair of types
     common = np.dtype(f"u{width}")
-    mask = np.ones(1, dtype=bool)
-    if known is not None:
-        mask = np.asarray(known).astype(bool, copy=False)
-        if mask.shape != a.shape:
-            raise InputError(f"the mask of known voxels must have the volumes' shape {a.shape}, got {mask.shape}")
-    table = (np.zeros(_FIRST_CAPACITY, np.uint64), np.zeros(_FIRST_CAPACITY, np.uint64))
-    keys_a, keys_b, counts, _ = _count_pairs(
+    mask = np.ones(1, dtype=bool) if known is None else known_mask(known, a.shape)
+    *table, _ = _count_pairs(
         np.ravel(a).astype(common, copy=False), np.ravel(b).astype(common, copy=False), np.ravel(mask),
-        known is not None, *table, np.zeros(_FIRST_CAPACITY, np.int64), 0,
+        known is not None, *_empty_table(), 0,
     )  # fmt: skip
-    return _sorted(keys_a, keys_b, counts)
+    return _sorted(*table)
 
 
-def _sorted(
-    keys_a: NDArray[np.uint64], keys_b: NDArray[np.uint64], counts: NDArray[np.int64]
-) -> tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.int64]]:
+def known_mask(known: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    """Return the mask of known voxels of volumes of a shape; raise `InputError` if it has another one."""
+    mask = np.asarray(known).astype(bool, copy=False)
+    if mask.shape != shape:
+        raise InputError(f"the mask of known voxels must have the volumes' shape {shape}, got {mask.shape}")
+    return mask
+
+
+def _empty_table() -> _Table:
+    n = _FIRST_CAPACITY
+    return np.zeros(n, np.uint64), np.zeros(n, np.uint64), np.zeros(n, np.int64)
+
+
+def _sorted(keys_a: NDArray[np.uint64], keys_b: NDArray[np.uint64], counts: NDArray[np.int64]) -> _Table:
     filled = counts > 0
     a, b, n = keys_a[filled], keys_b[filled], counts[filled]
     order = np.lexsort((b, a))
@@ -207,10 +212,14 @@ class Overlaps:
         """Return the number of components P."""
         return int(self.part_sizes.size) - 1
 
+    @property
+    def pair_row(self) -> NDArray[np.int64]:
+        """Return the row in ``truth_ids`` of the label of every pair, (E,)."""
+        return np.searchsorted(self.truth_ids, self.pair_truth)
+
     def pair_iou(self) -> NDArray[np.float64]:
         """Return the intersection over union of every pair, (E,)."""
-        truth_size = self.truth_sizes[np.searchsorted(self.truth_ids, self.pair_truth)]
-        union = truth_size + self.part_sizes[self.pair_part] - self.pair_voxels
+        union = self.truth_sizes[self.pair_row] + self.part_sizes[self.pair_part] - self.pair_voxels
         return self.pair_voxels / union
 
 
@@ -226,20 +235,16 @@ class OverlapCounter:
         self._t_box = _empty_boxes(max_truth + 1)
         self._p_box = _empty_boxes(n_parts + 1)
         self._p_first = np.zeros((n_parts + 1, 3), np.int32)
-        self._table = (
-            np.zeros(_FIRST_CAPACITY, np.uint64),
-            np.zeros(_FIRST_CAPACITY, np.uint64),
-            np.zeros(_FIRST_CAPACITY, np.int64),
-        )
+        self._table = _empty_table()
         self._used = 0
 
     def add(self, truth: NDArray[Any], parts: NDArray[Any], begin: tuple[int, int, int] = (0, 0, 0)) -> None:
         """Count one block (unsigned, D H W, both of one shape) whose first voxel is at ``begin`` (z y x)."""
-        *table, self._used = _count_block(
+        keys_a, keys_b, counts, self._used = _count_block(
             truth, parts, np.asarray(begin, np.int64), self._t_size, self._t_box, self._p_size, self._p_box,
             self._p_first, *self._table, self._used,
         )  # fmt: skip
-        self._table = (table[0], table[1], table[2])
+        self._table = keys_a, keys_b, counts
 
     def result(self) -> Overlaps:
         """Return everything counted so far."""

@@ -29,7 +29,7 @@ class Labels(ABC):
 
     @property
     @abstractmethod
-    def shape(self) -> tuple[int, int, int, int, int]:
+    def shape(self) -> tuple[int, ...]:
         """(B, C, D, H, W), which the logits must have."""
 
     @abstractmethod
@@ -93,10 +93,9 @@ class DenseLabels(Labels):
             )
 
     @property
-    def shape(self) -> tuple[int, int, int, int, int]:
+    def shape(self) -> tuple[int, ...]:
         """(B, C, D, H, W)."""
-        b, c, d, h, w = self.label.shape
-        return b, c, d, h, w
+        return tuple(self.label.shape)
 
     def of(self, channel: int) -> tuple[Tensor, Tensor]:
         """Return label and known of a class, (B, D, H, W), as torch views if possible."""
@@ -140,10 +139,9 @@ class PackedLabels(Labels):
                 )
 
     @property
-    def shape(self) -> tuple[int, int, int, int, int]:
+    def shape(self) -> tuple[int, ...]:
         """(B, C, D, H, W)."""
-        b, d, h, w = self.codes.shape
-        return b, self.present.shape[1], d, h, w
+        return len(self.codes), self.present.shape[1], *self.codes.shape[1:]
 
     @cached_property
     def _places(self) -> Tensor:

@@ -48,13 +48,13 @@ def _block(channels_in: int, channels_out: int, stride: int = 1) -> nn.Sequentia
 class EncodedInputs(nn.Module):
     """A network on the image and the features of further inputs, aligned in world coordinates."""
 
-    def __init__(self, network: nn.Module, voxel_ratios: Sequence[Sequence[float]], features: int = _FEATURES) -> None:
-        """``network`` takes 1 + len(voxel_ratios) * features channels; ``voxel_ratios``: for each input its voxel size
+    def __init__(self, network: nn.Module, voxel_ratios: Sequence[Sequence[float]]) -> None:
+        """``network`` takes the channels that `channels_for` says; ``voxel_ratios``: for each input its voxel size
         divided by that of the image, z y x."""
         super().__init__()
         self.network = network
-        self.encoders = nn.ModuleList(InputEncoder(features) for _ in voxel_ratios)
-        self.ratios = [tuple(float(r) for r in ratio) for ratio in voxel_ratios]
+        self.encoders = nn.ModuleList(InputEncoder() for _ in voxel_ratios)
+        self.ratios = [tuple(map(float, ratio)) for ratio in voxel_ratios]
 
     def forward(self, image: Tensor, *inputs: Tensor) -> Tensor | list[Tensor]:
         """Return the logits of an image (B, 1, D, H, W) with its inputs (B, 1, d, h, w) of the same center."""

@@ -44,7 +44,7 @@ class GapLabels(Labels):
     unknown: bool  # what the voxels become: unknown, else absent
 
     @property
-    def shape(self) -> tuple[int, int, int, int, int]:
+    def shape(self) -> tuple[int, ...]:
         """(B, C, D, H, W)."""
         return self.labels.shape
 
@@ -69,12 +69,12 @@ class GapLabels(Labels):
 
 def with_gaps(labels: Labels, batch: Mapping[str, Tensor], config: RunConfig) -> Labels:
     """Return the labels of a batch with the gaps that ``data.gap_nm`` asks for; raise `InputError` if it has no ids."""
-    data, (z, y, x) = config.data, config.dataset.voxel_size
+    data = config.data
     if not data.gap_nm:
         return labels
     ids, order = ids_of(batch), instance_classes(config)
     gaps = {
-        config.dataset.classes.index(name): near_another(ids[:, order.index(name)], length, (z, y, x))
+        config.dataset.classes.index(name): near_another(ids[:, order.index(name)], length, config.voxel_size)
         for name, length in data.gap_nm.items()
     }
     return GapLabels(labels, gaps, data.gap_state == "unknown")

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from connectomics.config.values import STRICT_KEYS
 from connectomics.errors import InputError
-from connectomics.geometry import Index, Triple
+from connectomics.geometry import Index, Triple, index, triple
 from connectomics.models.batch_labels import Labels
 
 _LOGITS_ON_GPU = 2**24  # logits of several classes that are processed together: about 1.5 GB of intermediate values
@@ -169,9 +169,9 @@ class MaskedLoss(nn.Module):
             # `where` instead of a product: NaN times zero is NaN, in the value and in the gradient
             rows, target = (torch.where(known, values, 0.0).flatten(0, 1).flatten(1) for values in (level, label))
             mask = known.flatten(0, 1).flatten(1)
-            z, y, x = (side * (n // m) for side, n, m in zip(self.voxel_size, full, level.shape[2:], strict=True))
-            shape = (level.shape[2], level.shape[3], level.shape[4])
-            levels.append(KnownVoxels(rows, target, mask.float(), mask.sum(1), samples, shape, (z, y, x)))
+            shape = index(level.shape[2:])
+            size = triple([side * (n // m) for side, n, m in zip(self.voxel_size, full, shape, strict=True)])
+            levels.append(KnownVoxels(rows, target, mask.float(), mask.sum(1), samples, shape, size))
         share = (levels[0].count / (levels[0].known.shape[1] * _FULL_WEIGHT)).clamp(max=1)
         # known on a coarse level implies known on the finest
         weight = torch.stack([(level.count > 0).float() * 0.5**n for n, level in enumerate(levels)])

@@ -215,7 +215,7 @@ def build_model(
     check_patch_size(architecture, patch_size, given)
     keywords = {**known.defaults, **given, "in_channels": in_channels, "out_channels": out_channels}
     try:
-        network = _construct(architecture, constructor, keywords, tuple(int(n) for n in patch_size), deep_supervision)
+        network = _construct(architecture, constructor, keywords, tuple(map(int, patch_size)), deep_supervision)
         if not isinstance(network, nn.Module):
             raise InputError(
                 f"the constructor of model {architecture!r} must return a torch.nn.Module, got {network!r}"
@@ -234,13 +234,8 @@ def build_model(
 def _constructor(known: Architecture) -> Callable[..., nn.Module]:
     if not isinstance(known.constructor, str):
         return known.constructor
-    if ":" in known.constructor:
-        module, name = known.constructor.split(":")
-        own: Callable[..., nn.Module] = getattr(importlib.import_module(module), name)
-        return own
-    from monai.networks import nets
-
-    found: Callable[..., nn.Module] = getattr(nets, known.constructor)
+    module, _, name = known.constructor.rpartition(":")
+    found: Callable[..., nn.Module] = getattr(importlib.import_module(module or "monai.networks.nets"), name)
     return found
 
 

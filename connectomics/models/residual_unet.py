@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from connectomics.errors import InputError, unknown_name
-from connectomics.geometry import Index
+from connectomics.geometry import Index, index
 from connectomics.models.architectures import per_axis
 
 _STEPS = (1, 2, 4, 8, 10, 10)  # channels of the stages, relative to the first
@@ -125,7 +125,7 @@ class ResidualBlock(nn.Module):
 def _convolution(
     channels_in: int, channels_out: int, kernel: Index, stride: Index = (1, 1, 1)
 ) -> tuple[nn.Module, nn.Module]:
-    padding = (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)
+    padding = index(k // 2 for k in kernel)
     return nn.Conv3d(channels_in, channels_out, kernel, stride=stride, padding=padding), _norm(channels_out)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from connectomics.errors import InputError
-from connectomics.geometry import Index
+from connectomics.geometry import Index, index
 
 _NEAR = 2.0  # an axis takes part if its voxel is smaller than this many times the smallest
 _LEAST_EDGE = 4  # voxels along an axis of the coarsest level
@@ -38,14 +38,13 @@ def stages_for(
     strides, kernels, kernel = [(1, 1, 1)], [], [1, 1, 1]
     while True:
         kernel = [3 if v < _NEAR * min(size) else k for v, k in zip(size, kernel, strict=True)]
-        kernels.append((kernel[0], kernel[1], kernel[2]))
+        kernels.append(index(kernel))
         can = [n >= 2 * _LEAST_EDGE and n % 2 == 0 for n in edge]
         least = min((v for v, fits in zip(size, can, strict=True) if fits), default=0.0)
         halved = [fits and v < _NEAR * least for v, fits in zip(size, can, strict=True)]
         if len(strides) == most or not any(halved):
             break
-        z, y, x = (2 if half else 1 for half in halved)
-        strides.append((z, y, x))
+        strides.append(index(2 if half else 1 for half in halved))
         size = [v * s for v, s in zip(size, strides[-1], strict=True)]
         edge = [n // s for n, s in zip(edge, strides[-1], strict=True)]
     if len(strides) < 2:

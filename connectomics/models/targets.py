@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from connectomics.config.heads import Head
 from connectomics.errors import InputError
-from connectomics.geometry import Index, Triple, index
+from connectomics.geometry import Index, Triple, index, overlapping
 from connectomics.models.batch_labels import DenseLabels, Labels
 
 DISTANCE_REACH = 3.0  # scales at which distances are clipped: tanh(3) is 0.995
@@ -64,12 +64,10 @@ def affinity(ids: Tensor, offset: Sequence[int]) -> tuple[Tensor, Tensor]:
     """
     target = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
     known = torch.zeros(ids.shape, dtype=torch.bool, device=ids.device)
-    if all(abs(o) < n for o, n in zip(offset, ids.shape[1:], strict=True)):
-        here = (slice(None), *(slice(max(0, -o), n - max(0, o)) for o, n in zip(offset, ids.shape[1:], strict=True)))
-        there = (slice(None), *(slice(max(0, o), n - max(0, -o)) for o, n in zip(offset, ids.shape[1:], strict=True)))
-        a, b = ids[here], ids[there]
-        target[here] = ((a == b) & (a > 0)).float()
-        known[here] = (a >= 0) & (b >= 0)
+    here, there = overlapping(ids.shape, (0, *offset))
+    a, b = ids[here], ids[there]
+    target[here] = ((a == b) & (a > 0)).float()
+    known[here] = (a >= 0) & (b >= 0)
     return target, known
 
 
@@ -87,10 +85,9 @@ class AffinityLabels(Labels):
     offsets: tuple[Index, ...]  # voxels, z y x, one per channel
 
     @property
-    def shape(self) -> tuple[int, int, int, int, int]:
+    def shape(self) -> tuple[int, ...]:
         """(B, K, D, H, W)."""
-        b, d, h, w = self.ids.shape
-        return b, len(self.offsets), d, h, w
+        return len(self.ids), len(self.offsets), *self.ids.shape[1:]
 
     def of(self, channel: int) -> tuple[Tensor, Tensor]:
         """Return target and known for one offset, (B, D, H, W)."""
@@ -219,7 +216,7 @@ def _apply(values: Tensor, matrix: Tensor, axis: int) -> Tensor:
     return functional.linear(rows, matrix).movedim(-1, axis - 3)
 
 
-def _objects(ids: Tensor) -> list[tuple[int, tuple[slice, slice, slice]]]:
+def _objects(ids: Tensor) -> list[tuple[int, tuple[slice, ...]]]:
     """Return the objects of a sample (D, H, W) with their bounding boxes."""
     at = (ids > 0).nonzero()
     numbers, which = ids[tuple(at.T)].unique(return_inverse=True)
@@ -227,11 +224,8 @@ def _objects(ids: Tensor) -> list[tuple[int, tuple[slice, slice, slice]]]:
     begin = torch.zeros((len(numbers), 3), dtype=at.dtype, device=at.device)
     end = begin.scatter_reduce(0, which, at + 1, "amax", include_self=False)
     begin = begin.scatter_reduce(0, which, at, "amin", include_self=False)
-    found = []
-    for number, low, high in zip(numbers.tolist(), begin.tolist(), end.tolist(), strict=True):
-        z, y, x = (slice(a, b) for a, b in zip(low, high, strict=True))
-        found.append((number, (z, y, x)))
-    return found
+    boxes = zip(begin.tolist(), end.tolist(), strict=True)
+    return [(number, tuple(map(slice, *box))) for number, box in zip(numbers.tolist(), boxes, strict=True)]
 
 
 def _describe(mask: Tensor, kernels: Sequence[Tensor], sigma_nm: float) -> Tensor:

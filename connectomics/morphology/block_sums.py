@@ -77,7 +77,14 @@ def sum_blocks(
         for block in np.flatnonzero((ranges[:, 0] <= ids[-1]) & (ranges[:, 1] >= ids[0])).tolist():
             part = load(block)
             chosen = part.select((part.ids >= ids[0]) & (part.ids <= ids[-1]))
-            _add(tables, np.searchsorted(ids, chosen.ids), chosen.tables)
+            rows = np.searchsorted(ids, chosen.ids)
+            for name, table in tables.items():
+                found = chosen.tables[name]
+                if name == "boxes":
+                    table[rows, :3] = np.minimum(table[rows, :3], found[:, :3])
+                    table[rows, 3:] = np.maximum(table[rows, 3:], found[:, 3:])
+                else:
+                    table[rows] += found
             pairs.append(part.pairs[(part.pairs[:, 0] >= ids[0]) & (part.pairs[:, 0] <= ids[-1])])
         yield BlockSums(ids, tables, np.unique(np.concatenate(pairs), axis=0))
 
@@ -100,16 +107,6 @@ def _distinct_ids(number: int, load: Callable[[int], BlockSums], ranges: NDArray
         if n > max(IDS_AT_ONCE, len(known)):
             known, waiting, n = np.unique(np.concatenate([known, *waiting])), [], 0
     return np.unique(np.concatenate([known, *waiting]))
-
-
-def _add(tables: dict[str, NDArray[np.int64]], rows: NDArray[np.intp], found: Mapping[str, NDArray[np.int64]]) -> None:
-    """Add tables of different IDs to ``rows`` of ``tables``."""
-    for name, table in tables.items():
-        if name == "boxes":
-            table[rows, :3] = np.minimum(table[rows, :3], found[name][:, :3])
-            table[rows, 3:] = np.maximum(table[rows, 3:], found[name][:, 3:])
-        else:
-            table[rows] += found[name]
 
 
 def compact(labels: NDArray[Any], *, semantic: bool) -> tuple[NDArray[np.uint32], NDArray[np.uint64]]:

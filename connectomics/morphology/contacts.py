@@ -216,12 +216,11 @@ def _near(
         low, high = np.maximum(begin - halo, 0), np.minimum(end - halo, surface.shape)
         if np.any(high <= low):
             continue
-        mine = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
-        theirs = tuple(slice(a, b) for a, b in zip(low + halo - begin, high + halo - begin, strict=True))
+        mine, theirs = slices_of(low, high - low), slices_of(low + halo - begin, high - low)
         candidates = surface[mine]
         if not candidates.any():
             continue
-        mask = others[tuple(slice(a, b) for a, b in zip(begin, end, strict=True))] == number
+        mask = others[slices_of(begin, end - begin)] == number
         close = (_gaps(mask, voxel_size)[theirs] <= nm * (1 + _ROUNDING)) & (candidates > 0)
         if skip is not None:
             close &= ~np.isin(candidates, np.flatnonzero(skip == other_ids[number - 1]) + 1)

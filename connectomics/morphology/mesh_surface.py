@@ -94,9 +94,14 @@ def mesh_object(
     mesh = world_mesh(grid, corners, faces, stride)
     if simplify == 1:
         return mesh
+    import zmesh
+
     limit = max(grid.voxel_size) * stride if max_error_nm is None else max_error_nm
-    vertices, faces = _simplified(mesh.vertices, mesh.faces, simplify, limit)
-    return Mesh(np.ascontiguousarray(vertices), np.ascontiguousarray(faces), stride)
+    origin = mesh.vertices.min(axis=0)  # coordinates stay near zero because zmesh works in float32
+    given = zmesh.Mesh((mesh.vertices - origin).astype(np.float32), mesh.faces, None)
+    made = zmesh.Mesher((1, 1, 1)).simplify(given, reduction_factor=simplify, max_error=limit)
+    vertices = made.vertices.astype(np.float64) + origin
+    return Mesh(np.ascontiguousarray(vertices), np.ascontiguousarray(made.faces, np.uint32), stride)
 
 
 def world_mesh(grid: VoxelGrid, corners: NDArray[np.int64], faces: NDArray[np.uint32], stride: int) -> Mesh:
@@ -202,15 +207,3 @@ class StoredObject:
             at = low // stride - begin
             counts[slices_of(at, inside.shape)] += inside
         return counts >= (1 if stride == 1 else max(1, math.ceil(filled * stride**3)))
-
-
-def _simplified(
-    vertices: NDArray[np.float64], faces: NDArray[np.uint32], factor: int, max_error: float
-) -> tuple[NDArray[np.float64], NDArray[np.uint32]]:
-    """Collapse the edges that move the surface least; coordinates stay near zero because zmesh works in float32."""
-    import zmesh
-
-    origin = vertices.min(axis=0)
-    given = zmesh.Mesh((vertices - origin).astype(np.float32), faces, None)
-    made = zmesh.Mesher((1, 1, 1)).simplify(given, reduction_factor=factor, max_error=max_error)
-    return made.vertices.astype(np.float64) + origin, made.faces.astype(np.uint32)

@@ -11,7 +11,6 @@ On disk, under ``output``::
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +31,7 @@ from connectomics.morphology.block_sums import BLOCK, NO_PAIRS, BlockSums, compa
 from connectomics.morphology.label_volume import LabelVolume
 from connectomics.morphology.mesh_files import check_format, file_name, write_info, write_levels, write_mesh
 from connectomics.morphology.mesh_levels import surface_levels
-from connectomics.morphology.mesh_surface import LEAST_VERTICES, SPAN, Mesh, mesh_object, world_mesh
+from connectomics.morphology.mesh_surface import LEAST_VERTICES, SPAN, mesh_object, world_mesh
 from connectomics.tasks import BlockTask, Cost
 from connectomics.tasks.block_task import TASK_FILE, BlockWorker
 from connectomics.tasks.blocks import BlockFiles, Lattice, done_file
@@ -265,25 +264,15 @@ class _Meshes(BlockWorker):
 
     def do(self, number: int) -> None:
         task, label = self._task, int(self._ids[number])
-        if task.file_format == "multilod":
-            mesh = self._levels(label, self._boxes[number].tolist())
-            self._keep(number, mesh)
-            return
-        mesh = mesh_object(
-            self._source, label, self._boxes[number].tolist(), semantic=task.labels.semantic, simplify=task.simplify,
-            max_error_nm=task.max_error_nm, max_vertices=task.max_vertices,
-        )  # fmt: skip
-        write_mesh(task.folder, label, mesh, task.file_format)
-        self._keep(number, mesh)
-
-    def _levels(self, label: int, box: Sequence[int]) -> Mesh:
-        """Write all levels of detail of an object; return the finest."""
-        task, grid = self._task, self._source.levels[0].grid
+        what = self._source, label, self._boxes[number].tolist()
         semantic, most = task.labels.semantic, task.max_vertices
-        levels = surface_levels(self._source, label, box, semantic=semantic, max_vertices=most)
-        write_levels(task.folder, label, levels, grid)
-        return world_mesh(grid, levels[0].corners, levels[0].faces, levels[0].stride)
-
-    def _keep(self, number: int, mesh: Mesh) -> None:
+        if task.file_format == "multilod":
+            grid, levels = self._source.levels[0].grid, surface_levels(*what, semantic=semantic, max_vertices=most)
+            write_levels(task.folder, label, levels, grid)
+            mesh = world_mesh(grid, levels[0].corners, levels[0].faces, levels[0].stride)
+        else:
+            how: dict[str, Any] = {"simplify": task.simplify, "max_error_nm": task.max_error_nm}
+            mesh = mesh_object(*what, semantic=semantic, max_vertices=most, **how)
+            write_mesh(task.folder, label, mesh, task.file_format)
         row = [len(mesh.vertices), len(mesh.faces), mesh.volume, mesh.area, mesh.stride]
-        write_file(self._task.row_file(number), np.array(row, "<f8").tobytes())
+        write_file(task.row_file(number), np.array(row, "<f8").tobytes())

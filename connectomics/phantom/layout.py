@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from connectomics.cellmap.classes import ATOMIC_CLASSES, CLASSES
 from connectomics.errors import InputError
-from connectomics.geometry import Box, Triple, VoxelGrid, slices_of, triple
+from connectomics.geometry import Box, Triple, VoxelGrid, index, slices_of, triple
 from connectomics.phantom.options import PhantomOptions
 from connectomics.phantom.scene import Scene, Tone, class_mask
 
@@ -161,7 +161,7 @@ def _grid(plan: DatasetPlan, box: Box, factor: int, isotropic: bool) -> VoxelGri
     size = triple([2.0 * factor] * 3) if isotropic else triple([v * factor / 2 for v in plan.raw.voxel_size])
     shape = [max(1, math.floor(e / s + 1e-6)) for e, s in zip(box.extent, size, strict=True)]
     first = triple([round(b + s / 2, 6) for b, s in zip(box.begin, size, strict=True)])
-    return VoxelGrid(size, first, (shape[0], shape[1], shape[2]))
+    return VoxelGrid(size, first, index(shape))
 
 
 class _Chooser:
@@ -174,11 +174,11 @@ class _Chooser:
         # whole groups of eight raw voxels, so that crops of every voxel size end at raw faces
         self.step = max(4, 4 * round(max(plan.raw.shape) / self._CELLS / 4))
         size = np.multiply(plan.raw.voxel_size, self.step)
-        z, y, x = (n // self.step for n in plan.raw.shape)
-        self.overview = VoxelGrid(triple(size), triple(plan.raw.box.begin + size / 2), (z, y, x))
+        cells = index(n // self.step for n in plan.raw.shape)
+        self.overview = VoxelGrid(triple(size), triple(plan.raw.box.begin + size / 2), cells)
         atoms = scene.atoms(self.overview)
         self.sums = {name: _integral(class_mask(atoms, name)) for name in _WANTED}
-        self.taken = np.zeros((z, y, x), bool)
+        self.taken = np.zeros(cells, bool)
         self.have = dict.fromkeys(_WANTED, 0.0)
 
     def choose(self, edges: list[float], inner: bool) -> Box:
@@ -212,7 +212,7 @@ class _Chooser:
             gain = _boxes(self.sums[name], shape) / (usual + self.have[name] + 1.0)
             score += weight * gain / (gain + 0.35)
         best = np.unravel_index(int(np.argmax(np.where(free & inside, score, -1.0))), free.shape)
-        return tuple(int(n) for n in best)
+        return tuple(map(int, best))
 
 
 def _integral(mask: NDArray[np.bool_]) -> NDArray[np.int64]:

@@ -18,9 +18,9 @@ from connectomics.errors import WriteError, as_write_error
 from connectomics.geometry import VoxelGrid
 from connectomics.io.artifacts import publish
 from connectomics.io.location import local_path
+from connectomics.io.multiscale import PlainArray
 from connectomics.io.replacing import not_ours, unfinished_folder
 from connectomics.io.write import (
-    ArrayWriter,
     build_levels,
     create_array,
     create_multiscale,
@@ -208,8 +208,7 @@ def _write_labels(
     attrs = {"cellmap": {"annotation": annotation}}
     write_multiscale(where, values, grid, levels=levels, kind="label", attrs=attrs, chunks=_LABEL_CHUNKS)
     for level in range(levels):
-        array = ArrayWriter.open(where / f"s{level}")
-        stored = array.read((0, 0, 0), array.shape) if level else values
+        stored = PlainArray.open(where / f"s{level}").read() if level else values
         counts = {state: int(np.count_nonzero(stored == n)) for state, n in encoding.items() if state != "present"}
         if all_known:  # the number of unknown stands for an object here
             counts["unknown"] = 0

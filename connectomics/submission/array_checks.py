@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from connectomics.cellmap.classes import is_instance_class
 from connectomics.cellmap.crop_table import TableEntry
 from connectomics.errors import MetadataError, number_of
-from connectomics.geometry import Triple, VoxelGrid
+from connectomics.geometry import Triple, VoxelGrid, index
 from connectomics.metrics.challenge.align import source_of
 from connectomics.metrics.challenge.rules import instance_limit
 from connectomics.metrics.challenge.zarr_v2 import Archive, ZarrArray
@@ -53,7 +53,7 @@ def slabs(archive: Archive, array: ZarrArray) -> Iterator[NDArray[Any] | None]:
 def check_grid(array: ZarrArray, entry: TableEntry) -> Iterator[Finding]:
     """Compare voxel size, translation, shape and axis order with the table."""
     target, path = entry.grid, array.path
-    shape = (array.shape[0], array.shape[1], array.shape[2])
+    shape = index(array.shape)
     try:
         own = source_of(array, array.attrs)
     except MetadataError as problem:

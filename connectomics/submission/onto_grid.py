@@ -13,8 +13,6 @@ Beyond the source there is background.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,7 +30,7 @@ from connectomics.geometry import Index, VoxelGrid, slices_of
 from connectomics.io import resample
 from connectomics.io.artifacts import portable
 from connectomics.submission.pack import CHUNK
-from connectomics.submission.sources import Source
+from connectomics.submission.sources import Source, digest
 
 _LARGEST_ID = np.iinfo(np.uint32).max
 # Half filled is present; what is missing by rounding (float32 sums of decimal voxel sizes) does not count.
@@ -76,7 +74,7 @@ class Job:
     def fingerprint(self) -> str:
         """Changes when anything that decides the array's bytes does."""
         value = [self.source.fingerprint(), self.entry.grid.to_dict(), self.is_instance, self.about(), list(CHUNK)]
-        return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+        return digest(value)
 
 
 def blocks_of(job: Job) -> tuple[np.dtype[Any], Callable[[Index, VoxelGrid], NDArray[Any]]]:
@@ -148,10 +146,10 @@ def _ids(source: Source, grid: VoxelGrid, numbers: NDArray[Any] | None, limit: i
         block = np.where(block > 0, np.searchsorted(numbers, block.astype(np.uint64)) + 1, 0)
     if not block.any():
         return np.zeros(grid.shape, np.uint8)
-    if int(block.min()) < 0 or int(block.max()) > limit:
+    low, high = int(block.min()), int(block.max())
+    if low < 0 or high > limit:
         raise CorruptDataError(
-            f"{source.location} holds the id {int(block.min()) if int(block.min()) < 0 else int(block.max())}, "
-            f"expected 0 to {limit}; decode it again"
+            f"{source.location} holds the id {low if low < 0 else high}, expected 0 to {limit}; decode it again"
         )
     return resample.nearest(block, part, grid)
 

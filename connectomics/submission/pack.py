@@ -60,7 +60,7 @@ class PlainArrayWriter:
         if not block.any():
             return
         chunk = np.zeros(self.chunks, self.dtype)
-        chunk[tuple(slice(0, n) for n in block.shape)] = block
+        chunk[tuple(map(slice, block.shape))] = block
         index = [b // c for b, c in zip(begin, self.chunks, strict=True)]
         codec = numcodecs.get_codec(dict(_COMPRESSOR))
         write_file(self.folder / ".".join(map(str, index)), codec.encode(chunk))

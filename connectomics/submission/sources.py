@@ -68,7 +68,7 @@ class ZarrSource:
 
     def fingerprint(self) -> str:
         """Of metadata, attributes and the chunks' sizes and times; not of where it lies."""
-        return _digest([self.form, fingerprint(self.volume, with_location=False)])
+        return digest([self.form, fingerprint(self.volume, with_location=False)])
 
 
 class NpySource:
@@ -101,7 +101,9 @@ class NpySource:
         if kind not in "biuf":
             raise InputError(f"{self.path} holds {self.array.dtype}; expected labels or probabilities")
         low, high, whole, missing = 0, 0, True, 0
-        for slab in _slabs(self.array):
+        thick = max(1, _SLAB_BYTES // max(1, self.array[:1].nbytes))
+        for z in range(0, len(self.array), thick):
+            slab = np.asarray(self.array[z : z + thick])
             if kind == "f":
                 bad = np.isnan(slab)
                 missing += int(bad.sum())
@@ -130,7 +132,7 @@ class NpySource:
     def fingerprint(self) -> str:
         """Of the file's size and time; not of where it lies."""
         status = self.path.stat()
-        return _digest([status.st_size, status.st_mtime_ns, self.grid.to_dict()])
+        return digest([status.st_size, status.st_mtime_ns, self.grid.to_dict()])
 
 
 #: A volume that is read block by block.
@@ -182,11 +184,6 @@ def own_table(predictions_dir: Path, datasets: Collection[str], data_root: str |
     return CropTable(tuple(entries)) if entries else None
 
 
-def _slabs(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
-    thick = max(1, _SLAB_BYTES // max(1, array[:1].nbytes))
-    for z in range(0, array.shape[0], thick):
-        yield np.asarray(array[z : z + thick])
-
-
-def _digest(value: Any) -> str:
+def digest(value: Any) -> str:
+    """Return the SHA-256 of a value as JSON, hexadecimal."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,6 +32,13 @@ _START = 4096  # bytes of a file of a block: enough for the first of its arrays,
 DONE, FAILED = 1, 2  # bytes of a done-map; all others: not done
 
 RANK = {6: 1, 18: 2, 26: 3}  # connectivity -> along how many axes at once a neighbor may lie
+
+
+@cache
+def neighbor_steps(connectivity: int) -> tuple[Index, ...]:
+    """Return the steps (z, y, x) from a voxel to its neighbors, in z-y-x order."""
+    every = (index(np.subtract(step, 1)) for step in np.ndindex(3, 3, 3))
+    return tuple(s for s in every if 0 < sum(map(abs, s)) <= RANK[connectivity])
 
 
 @dataclass(frozen=True)
@@ -59,19 +67,14 @@ class Lattice:
         """Yield the blocks that come after this one (``behind``: before it) and touch it by a face (connectivity 6), an
         edge (18) or a corner (26): the step (z, y, x; each -1, 0 or 1) and the number of the block there."""
         place, counts = self._place(number), self.counts
-        for step in np.ndindex(3, 3, 3):
-            dz, dy, dx = (s - 1 for s in step)
-            if ((dz, dy, dx) >= (0, 0, 0)) == behind or abs(dz) + abs(dy) + abs(dx) not in range(
-                1, RANK[connectivity] + 1
-            ):
-                continue
-            z, y, x = place[0] + dz, place[1] + dy, place[2] + dx
-            if all(0 <= i < n for i, n in zip((z, y, x), counts, strict=True)):
-                yield (dz, dy, dx), (z * counts[1] + y) * counts[2] + x
+        for step in neighbor_steps(connectivity):
+            z, y, x = (p + s for p, s in zip(place, step, strict=True))
+            inside = all(0 <= i < n for i, n in zip((z, y, x), counts, strict=True))
+            if inside and (step < (0, 0, 0)) == behind:
+                yield step, (z * counts[1] + y) * counts[2] + x
 
     def _place(self, number: int) -> Index:
-        _, y, x = self.counts
-        return number // (y * x), number // x % y, number % x
+        return index(np.unravel_index(number, self.counts))
 
 
 def with_halo(
@@ -81,9 +84,9 @@ def with_halo(
 
     Returns the first voxel, the shape, and where in it the block begins; all z y x.
     """
-    z, y, x = (max(0, int(b - h)) for b, h in zip(begin, halo, strict=True))
-    d, h, w = (int(min(b + n + r, m)) - s for b, n, r, m, s in zip(begin, shape, halo, whole, (z, y, x), strict=True))
-    return (z, y, x), (d, h, w), (int(begin[0]) - z, int(begin[1]) - y, int(begin[2]) - x)
+    first = np.maximum(np.subtract(begin, halo), 0)
+    end = np.minimum(np.add(begin, shape) + halo, whole)
+    return index(first), index(end - first), index(begin - first)
 
 
 @dataclass(frozen=True)
@@ -228,9 +231,9 @@ def done_file(folder: Path, stage: str) -> Path:
     return folder / f".done-{stage}"
 
 
-def remove_traces(folder: Path) -> None:
-    """Remove what lies beside the done-maps of a task that is about to be finished."""
-    for path in folder.glob(".done-*.*"):
+def remove_traces(folder: Path, *, maps: bool = False) -> None:
+    """Remove what lies beside the done-maps of a task that is about to be finished; with ``maps`` these too."""
+    for path in folder.glob(".done-*" if maps else ".done-*.*"):
         path.unlink(missing_ok=True)
 
 

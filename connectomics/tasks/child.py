@@ -62,7 +62,16 @@ def main(handle: int, number: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the leader handles Ctrl-C: it ends this process
     connection = Connection(handle)
     inbox: SimpleQueue[Job | list[int] | None] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(connection, inbox), daemon=True).start()
+
+    def listen() -> None:
+        """Receive orders, also while a block is being done; end this process at once when the leader is gone."""
+        try:
+            while True:
+                inbox.put(connection.recv())
+        except (EOFError, OSError):
+            os._exit(0)
+
+    threading.Thread(target=listen, daemon=True).start()
     with ExitStack() as held:
         worker: Worker | None = None
         while True:
@@ -75,15 +84,6 @@ def main(handle: int, number: int) -> None:
             held.close()
             if order is not None:
                 worker = _open(order, number, held, connection)
-
-
-def _listen(connection: Connection, inbox: SimpleQueue[Job | list[int] | None]) -> None:
-    """Receive orders, also while a block is being done; end this process at once when the leader is gone."""
-    try:
-        while True:
-            inbox.put(connection.recv())
-    except (EOFError, OSError):
-        os._exit(0)
 
 
 def _open(job: Job, number: int, held: ExitStack, connection: Connection) -> Worker | None:

@@ -55,14 +55,18 @@ class DaskEngine(Engine):
 
     def __init__(self, config: EngineConfig, device: str) -> None:
         try:
-            import distributed  # noqa: F401
+            import distributed
         except ImportError as error:
             raise EngineError(
                 "engine.name=dask needs Dask, which is not installed: pip install 'connectomics-cellmap[cluster]'"
             ) from error
         self._config, self._device, self.attempts = config, device, config.attempts
         with contextlib.ExitStack() as stack:
-            self._client = _connected(config, device, stack)
+            if config.address is not None:
+                self._client: Client = stack.enter_context(client_of(config.address))
+            else:
+                cluster = stack.enter_context(make_cluster(config, device))
+                self._client = stack.enter_context(distributed.Client(cluster, set_as_default=False))
             self._host = f"connectomics-{uuid.uuid4().hex[:12]}"
             self._client.register_plugin(_host(self._host, threads_of(config)))
             stack.callback(self._forget)
@@ -81,16 +85,6 @@ class DaskEngine(Engine):
         if self._client.status == "running":  # a scheduler that is gone has none
             with contextlib.suppress(OSError, TimeoutError):  # it is going away right now
                 self._client.unregister_worker_plugin(self._host)
-
-
-def _connected(config: EngineConfig, device: str, stack: contextlib.ExitStack) -> Client:
-    """Return a client of the configured scheduler, which ``stack`` closes."""
-    from distributed import Client
-
-    if config.address is not None:
-        return stack.enter_context(client_of(config.address))
-    cluster = stack.enter_context(make_cluster(config, device))
-    return stack.enter_context(Client(cluster, set_as_default=False))
 
 
 def make_cluster(config: EngineConfig, device: str = "cpu") -> Any:

@@ -93,11 +93,12 @@ def estimate(
     Raises:
         what `BlockTask.check` raises; a block that fails is just not timed.
     """
-    anew = [task.starts_over(overwrite=overwrite, resume=resume) for task in tasks]
-    left = [(task, again) for task, again in zip(tasks, anew, strict=True) if task.check(overwrite=again)]
-    todo = [task for task, _ in left]
-    stages: dict[str, StageEstimate] = {}
-    for task, again in left:
+    todo, stages = list[BlockTask](), dict[str, StageEstimate]()
+    for task in tasks:
+        again = task.starts_over(overwrite=overwrite, resume=resume)
+        if not task.check(overwrite=again):
+            continue
+        todo.append(task)
         for stage in task.stages:
             mine = _stage(task, stage, again)
             stages[stage] = _added(stages[stage], mine) if stage in stages else mine

@@ -34,14 +34,9 @@ class Failures:
             )
         self._tries: dict[int, int] = {}
         self._why: dict[int, str] = {}  # of the latest try
-        self._given_up: list[int] = []
+        self.given_up: list[int] = []  # blocks that failed in every attempt
         self._any_done = False
         self._logged = 0
-
-    @property
-    def given_up(self) -> list[int]:
-        """Blocks that failed in every attempt."""
-        return self._given_up
 
     def take(self, batch: Batch) -> tuple[list[int], list[int]]:
         """Process the failures of a batch.
@@ -74,9 +69,9 @@ class Failures:
 
     def close(self) -> None:
         """Raise `BlocksFailedError` if blocks failed in every attempt."""
-        if not self._given_up:
+        if not self.given_up:
             return
-        numbers = sorted(self._given_up)
+        numbers = sorted(self.given_up)
         more = f"; and {len(numbers) - _NAMED} more" if len(numbers) > _NAMED else ""
         raise BlocksFailedError(
             f"{self._task.name}, {self._stage}: {len(numbers)} of {self._blocks} blocks failed "
@@ -93,7 +88,7 @@ class Failures:
             log.warning("%s failed, attempt %d of %d: %s%s", self._named(number), tries, self.attempts, why, last)
         self._why[number] = why
         if tries >= self.attempts:
-            self._given_up.append(number)
+            self.given_up.append(number)
         return tries < self.attempts
 
     def _stopped(self, error: Exception, number: int | None) -> Exception:

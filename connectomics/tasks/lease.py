@@ -137,7 +137,7 @@ def put_if(path: S3Path, data: bytes, match: str) -> str | None:
 
     Stores without conditional writes store it in any case.
     """
-    if _conditions.get(_bucket(path), True):
+    if has_conditions(path):
         try:
             return path.put(data, match=match)
         except WriteError as error:

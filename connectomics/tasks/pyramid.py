@@ -110,8 +110,8 @@ def pyramid_stages(pyramids: Sequence[Pyramid]) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class PyramidStage:
-    """One stage of some pyramids: its blocks, numbered pyramid by pyramid."""
+class PyramidStage(BlockWorker):
+    """One stage of some pyramids, and its worker: its blocks are numbered pyramid by pyramid."""
 
     pyramids: tuple[Pyramid, ...]
     number: int
@@ -147,17 +147,6 @@ class PyramidStage:
         sizes = [math.prod(lattice.region(0)[1]) * np.dtype(p.dtype).itemsize for p, _, lattice in self.parts]
         size = max(sizes, default=0)
         return Cost(read=size, written=size // 7, memory=size + _HELD)
-
-    def worker(self) -> PyramidWorker:
-        """Return what does the blocks."""
-        return PyramidWorker(tuple(self.parts))
-
-
-@dataclass(frozen=True)
-class PyramidWorker(BlockWorker):
-    """Makes the blocks of a `PyramidStage`."""
-
-    parts: tuple[tuple[Pyramid, int, Lattice], ...]
 
     def do(self, number: int) -> None:
         for pyramid, level, lattice in self.parts:

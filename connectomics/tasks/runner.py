@@ -119,7 +119,7 @@ def run_stage(
             marker.add(accepted)
             queue.again(*again, *batch.untouched)
             queue.learn(batch)
-            reporter.report(more=marker.waiting)
+            reporter.report(more=len(marker.finished))
     finally:
         marker.mark(failures.given_up)  # also what was done before an error or Ctrl-C
     reporter.report(now=True)
@@ -170,29 +170,24 @@ class Marker:
 
     def __init__(self, done: DoneMap, folder: str, release: Callable[[list[int]], None] | None = None) -> None:
         self._done, self._folder, self._release = done, folder, release
-        self._finished: list[int] = []
+        self.finished: list[int] = []  # that are not marked yet
         self._next = time.monotonic() + _MARK_S
-
-    @property
-    def waiting(self) -> int:
-        """Number of finished blocks that are not marked yet."""
-        return len(self._finished)
 
     def add(self, blocks: Iterable[int]) -> None:
         """Add finished blocks."""
-        self._finished += blocks
+        self.finished += blocks
         if time.monotonic() >= self._next:
             self.mark()
 
     def mark(self, failed: Collection[int] = ()) -> None:
         """Wait for the disk and mark all finished blocks, and those that have failed."""
         begin = time.monotonic()
-        if self._finished:
+        if self.finished:
             sync(self._folder)
-            self._done.mark(self._finished)
+            self._done.mark(self.finished)
             if self._release is not None:
-                self._release(self._finished)
-            self._finished = []
+                self._release(self.finished)
+            self.finished = []
         self._done.mark(failed, FAILED)
         end = time.monotonic()
         self._next = end + max(_MARK_S, (end - begin) / _MARK_SHARE)

@@ -222,7 +222,7 @@ class CropPatches(BaseDataset):
         if present and rng.random() < self.options.balance:
             points = self.points(volume, present[int(rng.integers(len(present)))])
             point = triple(points[int(rng.integers(len(points)))])
-        seed = tuple(int(s) for s in rng.integers(2**31, size=2))
+        seed = tuple(map(int, rng.integers(2**31, size=2)))
         patch = self.reader.read(PatchRequest(volume, point, seed))
         sample = patch.dense(classes)
         if isinstance(self._augment, GivenAugmentor):

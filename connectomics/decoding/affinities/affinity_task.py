@@ -73,10 +73,52 @@ class AffinitiesTask(StitchedTask):
         return index(n + _CONTEXT for n in StoredAffinities.open(source).reach)
 
     def unite_group(self, group: Group, groups: StoredGroups) -> NDArray[np.int64]:
-        return unite_group(group, groups, self.parameters.stitch_threshold)
+        """Unite the pieces of a group, unless pairs that agree connect them to pieces beyond; store the rest for
+        `unite`.
+
+        What no pair connects has no influence on each other. So what pairs connect within the group only is decided
+        here.
+        """
+        from connectomics.decoding.blocks.component_kernels import join_pairs
+
+        found = list(_agreeing(group, self.parameters.stitch_threshold))
+        pairs = np.concatenate([np.empty((0, 2), np.int64), *(pairs for pairs, _ in found)])
+        scores = np.concatenate([np.empty(0), *(scores for _, scores in found)])
+        apart = np.concatenate([group.blocks.load(n, "apart")["apart"] + group.first(n) - 1 for n in group.parts])
+        connected = np.arange(group.nodes)
+        join_pairs(connected, pairs)
+        is_open = np.zeros(number_trees(connected), np.bool_)
+        is_open[connected[group.size :]] = True
+        is_open = is_open[connected]
+        here = ~is_open[pairs[:, 0]]
+        trees = np.arange(group.size)
+        beyond = is_open[apart].all(axis=1)
+        join_pairs(trees, _of_firsts(stitched(group.size, pairs[here], scores[here], apart[~beyond])))
+        n = number_trees(trees)
+        names = group.named(pairs[~here].ravel()).reshape(-1, 4)
+        ours = names[:, 0] < names[:, 2]  # of pairs between two groups, the one with the smaller block stores them
+        left = {"pairs": names[ours], "scores": scores[~here][ours]}
+        left["apart"] = group.named(apart[beyond].ravel()).reshape(-1, 4)
+        groups.store(group, trees, n, np.empty((0, 2), np.int64), **left)
+        return trees
 
     def unite(self, groups: StoredGroups) -> NDArray[np.int64]:
-        return unite_groups(groups, self.name)
+        """Find the trees of groups that belong together; `InputError` for too many pieces."""
+        from connectomics.decoding.blocks.component_kernels import join_pairs
+
+        stored = [groups.load(n, "pairs", "scores", "apart") for n in groups.parts]
+        pairs, scores, apart = (np.concatenate([one[key] for one in stored]) for key in ("pairs", "scores", "apart"))
+        # numbered by block and label, as ties are decided
+        keys, ends = np.unique(np.concatenate([pairs, apart]).reshape(-1, 2) @ [1 << 32, 1], return_inverse=True)
+        if len(keys) >= 1 << 31:
+            raise InputError(
+                f"{self.name}: {len(keys)} pieces are too many, expected fewer than 2^31; choose larger blocks"
+            )
+        ends = ends.reshape(-1, 2)
+        found = _of_firsts(stitched(len(keys), ends[: len(pairs)], scores, ends[len(pairs) :]))
+        forest, nodes = np.arange(groups.offsets[-1]), groups.nodes_of(np.stack(np.divmod(keys, 1 << 32), axis=1))
+        join_pairs(forest, nodes[found])
+        return forest
 
     def label_cost(self, stage: str) -> Cost:
         if stage != "label":
@@ -116,55 +158,6 @@ def _cut_out(labels: NDArray[np.int32], count: int, apart: NDArray[np.int64], co
     named = table[apart]
     extra["apart"] = named[(named > 0).all(axis=1) & at_face[named].all(axis=1)]
     return Labeled(table[labels[core]], len(at_face) - 1, extra)
-
-
-def unite_group(group: Group, groups: StoredGroups, threshold: float) -> NDArray[np.int64]:
-    """Unite the pieces of a group, unless pairs that agree connect them to pieces beyond; store the rest for
-    `unite_groups`.
-
-    What no pair connects has no influence on each other. So what pairs connect within the group only is decided here.
-
-    Returns:
-        (group.size,) the tree of each piece.
-    """
-    from connectomics.decoding.blocks.component_kernels import join_pairs
-
-    found = list(_agreeing(group, threshold))
-    pairs = np.concatenate([np.empty((0, 2), np.int64), *(pairs for pairs, _ in found)])
-    scores = np.concatenate([np.empty(0), *(scores for _, scores in found)])
-    apart = np.concatenate([group.blocks.load(n, "apart")["apart"] + group.first(n) - 1 for n in group.parts])
-    connected = np.arange(group.nodes)
-    join_pairs(connected, pairs)
-    is_open = np.zeros(number_trees(connected), np.bool_)
-    is_open[connected[group.size :]] = True
-    is_open = is_open[connected]
-    here = ~is_open[pairs[:, 0]]
-    trees = np.arange(group.size)
-    join_pairs(trees, _of_firsts(stitched(group.size, pairs[here], scores[here], apart[~is_open[apart].all(axis=1)])))
-    n = number_trees(trees)
-    names = group.named(pairs[~here].ravel()).reshape(-1, 4)
-    ours = names[:, 0] < names[:, 2]  # of pairs between two groups, the one with the smaller block stores them
-    left = {"pairs": names[ours], "scores": scores[~here][ours]}
-    left["apart"] = group.named(apart[is_open[apart].all(axis=1)].ravel()).reshape(-1, 4)
-    groups.store(group, trees, n, np.empty((0, 2), np.int64), **left)
-    return trees
-
-
-def unite_groups(groups: StoredGroups, name: str) -> NDArray[np.int64]:
-    """Return the forest over the trees of all groups. ``name`` of the task, for `InputError`."""
-    from connectomics.decoding.blocks.component_kernels import join_pairs
-
-    stored = [groups.load(n, "pairs", "scores", "apart") for n in groups.parts]
-    pairs, scores, apart = (np.concatenate([one[key] for one in stored]) for key in ("pairs", "scores", "apart"))
-    # numbered by block and label, as ties are decided
-    keys, ends = np.unique(np.concatenate([pairs, apart]).reshape(-1, 2) @ [1 << 32, 1], return_inverse=True)
-    if len(keys) >= 1 << 31:
-        raise InputError(f"{name}: {len(keys)} pieces are too many, expected fewer than 2^31; choose larger blocks")
-    ends = ends.reshape(-1, 2)
-    found = _of_firsts(stitched(len(keys), ends[: len(pairs)], scores, ends[len(pairs) :]))
-    forest, nodes = np.arange(groups.offsets[-1]), groups.nodes_of(np.stack(np.divmod(keys, 1 << 32), axis=1))
-    join_pairs(forest, nodes[found])
-    return forest
 
 
 def _of_firsts(firsts: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -8,7 +8,6 @@ the groups only: one file for each, with a row per tree instead of a face of lab
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import chain, pairwise
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.decoding.blocks.pieces import Pieces, StoredBlocks, border, opposite, reach
+from connectomics.decoding.blocks.pieces import Pieces, StoredBlocks, StoredPieces, border, opposite, reach
 from connectomics.geometry import Index
 from connectomics.tasks.blocks import BlockFiles, Lattice
 
@@ -144,8 +143,7 @@ def gathered(parts: Group | StoredGroups, trees: NDArray[np.int64], n: int) -> P
     return found
 
 
-@dataclass(frozen=True)
-class StoredGroups(BlockFiles):
+class StoredGroups(StoredPieces):
     """What the groups of a lattice of blocks leave: their trees are the nodes of the leading process.
 
     Every group has ``counts`` (labels of its blocks), ``tree_of`` (the tree of each of these labels), the columns of
@@ -153,8 +151,6 @@ class StoredGroups(BlockFiles):
 
     Memory: 4 bytes for each piece of the volume, once `links` or `nodes_of` is called.
     """
-
-    lattice: Lattice
 
     def store(self, group: Group, trees: NDArray[np.int64], n: int, links: NDArray[np.int64], **more: Any) -> None:
         """Store a group of ``n`` trees. links: (m, 2) a node of the group and one beyond that touch; more: arrays."""
@@ -172,10 +168,6 @@ class StoredGroups(BlockFiles):
     def offsets(self) -> NDArray[np.int64]:
         """(groups + 1,): tree i of group g is node ``offsets[g] + i``."""
         return np.concatenate(([0], np.cumsum([self.integer(g, "n") for g in self.parts], dtype=np.int64)))
-
-    def pieces(self, number: int) -> Pieces:
-        """Read the trees of a group."""
-        return Pieces(**self.load(number, "sizes", "first", "boxes", "sums"))
 
     @cached_property
     def _trees(self) -> tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.int64]]:

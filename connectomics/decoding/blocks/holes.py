@@ -34,10 +34,15 @@ def block_parts(labels: NDArray[np.uint32], connectivity: int) -> tuple[NDArray[
 
 def store_parts(blocks: StoredBlocks, number: int, labels: NDArray[np.uint32], connectivity: int) -> None:
     """Store what `fill` needs to know of the parts of a labeled block."""
+    import cc3d
+
     lattice = blocks.lattice
     parts, label_of = block_parts(labels, connectivity)
     table = Pieces.measured(parts, len(label_of), lattice.region(number)[0], lattice.shape)
-    about = {"count": np.asarray(len(label_of)), "of": label_of, "touching": _touching(parts, DUAL[connectivity])}
+    neighbors: Any = DUAL[connectivity]  # cc3d's stubs ask for literal numbers
+    pairs = sorted(cc3d.region_graph(parts, connectivity=neighbors))  # each once, the smaller part first
+    touching = np.array(pairs, np.uint32).reshape(-1, 2)
+    about = {"count": np.asarray(len(label_of)), "of": label_of, "touching": touching}
     blocks.save(number, {**about, **table.columns, **faces_of(parts)})
 
 
@@ -133,12 +138,3 @@ def _distinct(pairs: list[NDArray[np.int64]], n: int) -> NDArray[np.int64]:
     found = np.sort(np.concatenate([np.empty((0, 2), np.int64), *pairs]), axis=1)
     keys = np.unique((found[:, 0] * n + found[:, 1])[found[:, 0] < found[:, 1]])
     return np.stack([keys // max(n, 1), keys % max(n, 1)], axis=1)
-
-
-def _touching(parts: NDArray[np.uint32], connectivity: int) -> NDArray[np.uint32]:
-    """(n, 2) which parts of a block touch, each pair once, the smaller first."""
-    import cc3d
-
-    neighbors: Any = connectivity  # cc3d's stubs ask for literal numbers
-    pairs = sorted(cc3d.region_graph(parts, connectivity=neighbors))
-    return np.array(pairs, np.uint32).reshape(-1, 2)

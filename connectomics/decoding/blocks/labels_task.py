@@ -43,7 +43,7 @@ from connectomics.io.place import place, remove_tree
 from connectomics.io.sharded import Storage
 from connectomics.io.write import ArrayWriter, create_array, ensure_group, multiscales_attrs, update_attrs, write_file
 from connectomics.tasks.block_task import TASK_FILE, BlockTask, BlockWorker, Cost, Worker
-from connectomics.tasks.blocks import Lattice, sync
+from connectomics.tasks.blocks import Lattice, remove_traces, sync
 from connectomics.tasks.pyramid import Pyramid, PyramidStage, pyramid_grids, pyramid_stages
 
 
@@ -182,7 +182,7 @@ class LabelsTask(BlockTask):
             ensure_group(self.folder, zarr_format=self.storage.zarr_format)
             self.begin()
         elif self.is_complete:
-            self._remove_done_maps()
+            remove_traces(self.folder, maps=True)
         else:
             self.go_on()
 
@@ -224,7 +224,7 @@ class LabelsTask(BlockTask):
 
     def open_worker(self, stage: str, device: str) -> AbstractContextManager[Worker]:
         levels = PyramidStage.of(stage, self._pyramids)
-        return nullcontext(self.label_worker(stage) if levels is None else levels.worker())
+        return nullcontext(self.label_worker(stage) if levels is None else levels)
 
     def cost(self, stage: str) -> Cost:
         levels = PyramidStage.of(stage, self._pyramids)
@@ -291,15 +291,11 @@ class LabelsTask(BlockTask):
             levels = multiscales_attrs(grids, self.class_name, self.storage.zarr_format)
             update_attrs(self.folder, {"connectomics": ours, **levels})
         remove_tree(self.scratch)
-        self._remove_done_maps()
+        remove_traces(self.folder, maps=True)
         publish(self.folder, place(self.output))
 
     def relocated(self, folder: Path) -> Self:
         return replace(self, output=str(Path(folder, *Path(self.output).parts[-3:])))
-
-    def _remove_done_maps(self) -> None:
-        for path in self.folder.glob(".done-*"):
-            path.unlink(missing_ok=True)
 
 
 def objects_of(task: LabelsTask) -> int:

@@ -107,18 +107,22 @@ def reach(step: Index, connectivity: int) -> int:
 
 # -- files -------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class StoredBlocks(BlockFiles):
+class StoredPieces(BlockFiles):
+    """Files with the columns of `Pieces`: one for each block of a lattice, or each group of its blocks."""
+
+    lattice: Lattice
+
+    def pieces(self, number: int) -> Pieces:
+        """Read the pieces of a block, or the trees of a group."""
+        return Pieces(**self.load(number, "sizes", "first", "boxes", "sums"))
+
+
+class StoredBlocks(StoredPieces):
     """What the blocks of a lattice leave for later stages.
 
     Every block has ``count`` (its labels are 1..count), the columns of its `Pieces` and its six `SIDES`; a task may add
     more.
     """
-
-    lattice: Lattice
-
-    def pieces(self, number: int) -> Pieces:
-        """Read the pieces of a block."""
-        return Pieces(**self.load(number, "sizes", "first", "boxes", "sums"))
 
     def faces(self, number: int) -> dict[str, NDArray[np.uint32]]:
         """Read the labels on the faces of a block."""

@@ -21,10 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.decoding.blocks.groups import number_trees
-from connectomics.decoding.cellmap_postprocess import neighbor_steps
 from connectomics.decoding.watershed.heights import OUTSIDE, DepthRule, boundary_heights, depth_heights
-from connectomics.geometry import Index, index
-from connectomics.tasks.blocks import with_halo
+from connectomics.geometry import Index, index, slices_of
+from connectomics.tasks.blocks import neighbor_steps, with_halo
 
 #: Lower than any height: no edge joins two seeds.
 NO_FLOOR = int(np.iinfo(np.int32).min)
@@ -133,7 +132,8 @@ def fragments(
         core[1:] = cores[z - 1, y - 1, x - 1]
         seeded[:] = core > 0
     elif radius is not None:
-        inside = np.flatnonzero(_within(lowest, shape, low, high))
+        at = np.stack(np.unravel_index(lowest, tuple(shape)), axis=1)
+        inside = np.flatnonzero(((at >= low) & (at < high)).all(axis=1))
         found = np.zeros(len(inside), np.bool_)
         kernels.peaks(flat, shape, steps, np.asarray(radius, np.int64), lowest[inside], OUTSIDE, found)
         seeded[1 + inside[found]] = True
@@ -156,9 +156,8 @@ def fragments(
     number = parent
     held, basins = np.zeros(len(trees) + 1, np.int64), np.flatnonzero(core)
     held[number[basins]] = core[basins]  # one at most: without a floor no edge joins two seeds
-    box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
     kernels.rename(root, number)
-    labels = root.reshape(height.shape)[box]
+    labels = root.reshape(height.shape)[slices_of(low, part.shape)]
     labels = labels.view(np.uint32) if root.dtype == np.int32 else labels.astype(np.uint32)
     worse, better = worse[kept], better[kept]
     edges = Edges(
@@ -176,13 +175,6 @@ def _plant(cores: NDArray[Any], root: NDArray[Any], flat: NDArray[np.int32]) -> 
     places, ids = places[open_], cores.reshape(-1)[where[open_]]
     _, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
     root.reshape(-1)[places] = places[first][inverse]
-
-
-def _within(
-    voxels: NDArray[np.int64], shape: NDArray[np.int64], low: NDArray[np.int64], high: NDArray[np.int64]
-) -> NDArray[np.bool_]:
-    places = np.stack(np.unravel_index(voxels, tuple(shape)), axis=1)
-    return np.asarray(((places >= low) & (places < high)).all(axis=1))
 
 
 def _numbers(voxels: NDArray[np.int64], shape: NDArray[np.int64], start: Index, whole: Index) -> NDArray[np.int64]:
@@ -254,5 +246,5 @@ def seed_radius(min_distance: float, voxel_size: Sequence[float]) -> Index:
 
 
 def _all(shape: Sequence[int]) -> Part:
-    z, y, x = (int(n) for n in shape)
-    return Part((0, 0, 0), (z, y, x), (z, y, x), (0, 0, 0))
+    whole = index(shape)
+    return Part((0, 0, 0), whole, whole, (0, 0, 0))

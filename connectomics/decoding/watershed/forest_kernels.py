@@ -234,6 +234,14 @@ def basin_edges(
 
 # -- joining them ------------------------------------------------------------------------------------------------------
 @numba.njit(cache=True, nogil=True)
+def _join(parent: Ints, seeded: Flags, one: int, two: int) -> None:
+    """Make the smaller of two roots the parent of the other one; it holds a seed if one of them does."""
+    to, gone = min(one, two), max(one, two)
+    parent[gone] = to
+    seeded[to] = seeded[to] or seeded[gone]
+
+
+@numba.njit(cache=True, nogil=True)
 def contract(
     ones: Ints,
     twos: Ints,
@@ -264,8 +272,7 @@ def contract(
         # Joined already by edges that come first (two seeds are joined from the start): this one is in no forest.
         if one == two or (claimed[one] and claimed[two] and not flat[e]):
             continue
-        near[max(one, two)] = min(one, two)
-        claimed[min(one, two)] = claimed[one] or claimed[two]
+        _join(near, claimed, one, two)
         if twos[e] >= own:
             kept[e] = True
             continue
@@ -278,10 +285,8 @@ def contract(
         if not free:
             kept[e] = True
             continue
-        to, gone = min(one, two), max(one, two)
-        parent[gone] = to
-        seeded[to] = seeded[to] or seeded[gone]
-        out[to] = min(out[to], out[gone])
+        _join(parent, seeded, one, two)
+        out[min(one, two)] = min(out[one], out[two])
 
 
 @numba.njit(cache=True, nogil=True)
@@ -295,9 +300,7 @@ def join_seeded(ones: Ints, twos: Ints, flat: Flags, order: Ints, seeded: Flags,
         one, two = root_of(parent, ones[e]), root_of(parent, twos[e])
         if one == two or (seeded[one] and seeded[two] and not flat[e]):
             continue
-        to, gone = min(one, two), max(one, two)
-        parent[gone] = to
-        seeded[to] = seeded[to] or seeded[gone]
+        _join(parent, seeded, one, two)
 
 
 @numba.njit(cache=True, nogil=True)

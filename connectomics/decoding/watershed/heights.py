@@ -63,11 +63,10 @@ class DepthRule:
             )
         whole = [max(1, round(scale * w)) for w in squares]
         common = math.gcd(*whole)
-        z, y, x = (w // common for w in whole)
         cap = _LARGEST
         if math.isfinite(max_depth):
             cap = max(1, round((max_depth / edge) ** 2 * scale / common))
-        return cls((z, y, x), cap)
+        return cls(index(w // common for w in whole), cap)
 
     @property
     def halo(self) -> Index:

@@ -18,7 +18,7 @@ from connectomics.decoding.blocks.pieces import SIDES, Pieces, StoredBlocks, bor
 from connectomics.decoding.prediction import Foreground
 from connectomics.decoding.watershed.forest import NO_FLOOR, Edges, Fragments, Part, fragments
 from connectomics.decoding.watershed.heights import boundary_heights
-from connectomics.geometry import Index
+from connectomics.geometry import Index, slices_of
 from connectomics.io.write import ArrayWriter
 from connectomics.tasks.blocks import Lattice
 
@@ -30,7 +30,7 @@ _EDGES = ("ones", "twos", "worse", "better", "worse_height", "better_height")
 def to_store(found: Fragments, height: NDArray[np.int32], part: Part) -> dict[str, NDArray[np.generic]]:
     """Return what is stored of a block beside its labels; ``height``: of ``part.grown()`` with a rim of one voxel."""
     start, _ = part.grown()
-    own = tuple(slice(b - s + 1, b - s + 1 + n) for b, s, n in zip(part.begin, start, part.shape, strict=True))
+    own = slices_of(np.subtract(part.begin, start) + 1, part.shape)
     edges = {name: getattr(found.edges, name) for name in _EDGES}
     heights = {f"height{side}": plane for side, plane in faces_of(height[own]).items()}
     return {"seeded": found.seeded, **edges, **heights}
@@ -177,7 +177,7 @@ def _across(group: Group, connectivity: int) -> Iterator[Edges]:
 
 
 def _numbers(blocks: StoredBlocks, block: int, step: Index) -> NDArray[np.int64]:
-    """Return the numbers (in the volume) of the voxels of a block next to its neighbor in direction ``step``, flat."""
+    """Return the numbers (in the volume) of the voxels of a block next to its neighbor in direction ``step``."""
     begin, shape = blocks.lattice.region(block)
     whole = blocks.lattice.shape
     ranges = [
@@ -185,7 +185,7 @@ def _numbers(blocks: StoredBlocks, block: int, step: Index) -> NDArray[np.int64]
         for b, n, s in zip(begin, shape, step, strict=True)
     ]
     z, y, x = np.ix_(*ranges)
-    return np.asarray(((z * whole[1] + y) * whole[2] + x).reshape(-1), np.int64)
+    return np.asarray((z * whole[1] + y) * whole[2] + x, np.int64)
 
 
 def _shifted(edges: Edges, one: int, two: int) -> Edges:

@@ -181,7 +181,4 @@ def _n5_voxel_size(attrs: dict[str, Any]) -> Triple | None:
     else:
         units = attrs.get("units", ["nm"])
         sizes, factor = about or attrs.get("resolution"), in_nm(str(units[0] if isinstance(units, list) else units))
-    if not isinstance(sizes, list) or len(sizes) != 3 or factor is None:
-        return None
-    x, y, z = (float(v) * factor for v in sizes)
-    return z, y, x
+    return _three(sizes[::-1], factor) if isinstance(sizes, list) else None

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from connectomics.errors import CorruptDataError, InputError
-from connectomics.geometry import Triple
+from connectomics.geometry import Triple, triple
 from connectomics.io.formats.source import VolumeSource, optional
 from connectomics.io.metadata import in_nm
 
@@ -87,7 +87,7 @@ def open_nrrd(path: Path, inner: str | None) -> VolumeSource:
     for skip in ("byte skip", "line skip"):
         if int(header.get(skip, 0)) != 0:
             raise InputError(f"{path} has a {skip}, which is not read; save it again without")
-    shape = tuple(int(n) for n in reversed(header["sizes"]))
+    shape = tuple(map(int, reversed(header["sizes"])))
     dtype = _nrrd_dtype(header, path)
     encoding = str(header.get("encoding", "raw")).lower()
     expected = int(np.prod(shape)) * dtype.itemsize
@@ -134,8 +134,7 @@ def _nrrd_voxel_size(header: dict[str, Any]) -> Triple | None:
     factor = in_nm(str(units[0]).strip('"')) if units is not None and len(units) else None
     if sizes is None or factor is None or not np.all(np.isfinite(sizes)) or len(sizes) != 3 or min(sizes) <= 0:
         return None
-    z, y, x = (float(v) * factor for v in reversed(list(sizes)))
-    return z, y, x
+    return triple([float(v) * factor for v in sizes[::-1]])
 
 
 def _nrrd_begin(path: Path, header: dict[str, Any], size: Triple | None) -> Triple | None:
@@ -148,5 +147,4 @@ def _nrrd_begin(path: Path, header: dict[str, Any], size: Triple | None) -> Trip
         if np.any(origin):
             log.warning("%s: its origin is not used, since its axes are turned or flipped in their space", path)
         return None
-    z, y, x = (o / d * s - s / 2 for o, d, s in zip(origin[::-1], np.diag(turned)[::-1], size, strict=True))
-    return float(z), float(y), float(x)
+    return triple(origin[::-1] / np.diag(turned)[::-1] * size - np.asarray(size) / 2)

@@ -79,7 +79,7 @@ class VolumeSource:
         def read(begin: Sequence[int], shape: Sequence[int]) -> NDArray[Any]:
             return np.asarray(array[slices_of(begin, shape)])
 
-        return cls(location, tuple(int(n) for n in array.shape), np.dtype(array.dtype), read, **known)
+        return cls(location, tuple(map(int, array.shape)), np.dtype(array.dtype), read, **known)
 
     def __enter__(self) -> VolumeSource:
         return self
@@ -145,10 +145,10 @@ def optional(module: str, package: str) -> Any:
 
 def _split(location: str) -> tuple[Path, str | None]:
     """A container and the array named after a colon, ``a.h5:/raw``; a colon in a file's own name stays."""
-    if Path(location).exists():
+    head, _, inner = location.rpartition(":")
+    if not head or Path(location).exists():
         return Path(location).expanduser(), None
-    head, colon, inner = location.rpartition(":")
-    return (Path(head).expanduser(), inner.strip("/")) if colon and head else (Path(location).expanduser(), None)
+    return Path(head).expanduser(), inner.strip("/")
 
 
 def _guess(path: Path) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.errors import InputError, MetadataError
-from connectomics.geometry import Triple, VoxelGrid, slices_of
+from connectomics.geometry import Triple, VoxelGrid, slices_of, triple
 from connectomics.io.artifacts import marks
 from connectomics.metrics.challenge.rules import Rules
 
@@ -64,14 +64,14 @@ def _last_three(attrs: Mapping[str, Any], names: tuple[str, ...], where: str) ->
     if name is None or attrs[name] is None:
         return None
     try:
-        values = tuple(float(v) for v in attrs[name])[-3:]
+        values = tuple(map(float, attrs[name]))[-3:]
     except (TypeError, ValueError):
         values = ()
     if len(values) != 3 or not all(map(math.isfinite, values)):
         raise MetadataError(
             f"{where}: attribute {name!r} must be three numbers (nm, z y x, finite), got {attrs[name]!r}"
         )
-    return values[0], values[1], values[2]
+    return triple(values)
 
 
 class Aligned:
@@ -114,7 +114,10 @@ class Aligned:
             pairs = zip(shape, grid.shape, strict=True)  # cropped or padded around the middle
             centered = [(n - own_n) // 2 if own_n < n else -((own_n - n) // 2) for own_n, n in pairs]
             visible = list(grid.shape)
-        offset = [0, 0, 0] if source.translation is None else _offset(source.translation, grid)
+        offset = [0, 0, 0]
+        if source.translation is not None:  # own translation floored to whole voxels, difference truncated
+            moved = (np.asarray(source.translation) // target) * target - np.asarray(grid.translation)
+            offset = [int(v) for v in (np.abs(moved) // target) * np.sign(moved)]
         self._first = [c + o for c, o in zip(centered, offset, strict=True)]
         # A centered image is cut to the target's shape before the offset moves it.
         self._window = [
@@ -125,7 +128,7 @@ class Aligned:
     def _resampled_shape(self) -> tuple[int, ...]:
         if self._scale is None:
             return self._array.shape
-        return tuple(int(n) for n in np.maximum(np.round(self._scale * np.asarray(self._array.shape)), 1))
+        return tuple(map(int, np.maximum(np.round(self._scale * np.asarray(self._array.shape)), 1)))
 
     def read(self, begin: Any = None, shape: Any = None) -> NDArray[Any]:
         """Return a block of the target's grid (all of it by default), of type ``dtype``."""
@@ -136,20 +139,17 @@ class Aligned:
             return np.zeros(size, self.dtype.newbyteorder("="))
         first = [low - f for low, f in zip(lo, self._first, strict=True)]
         length = [h - low for low, h in zip(lo, hi, strict=True)]
-        block = self._block(first, length)
+        if self._scale is None:
+            block = self._array.read(first, length)
+        else:
+            if self._whole is None:
+                self._whole = self._resample(self._array.read())
+            block = self._whole[slices_of(first, length)]
         if tuple(length) == tuple(size):
             return block
         out = np.zeros(size, self.dtype.newbyteorder("="))
         out[slices_of(np.subtract(lo, begin), length)] = block
         return out
-
-    def _block(self, first: list[int], length: list[int]) -> NDArray[Any]:
-        """Return a block of the (resampled) submission itself."""
-        if self._scale is None:
-            return self._array.read(first, length)
-        if self._whole is None:
-            self._whole = self._resample(self._array.read())
-        return self._whole[slices_of(first, length)]
 
     def _resample(self, image: NDArray[Any]) -> NDArray[Any]:
         from skimage.transform import rescale, resize
@@ -171,10 +171,3 @@ class Aligned:
             picked[(slice(None),) * axis + (index == 0,)] = 0
             image = picked
         return image
-
-
-def _offset(translation: Triple, grid: VoxelGrid) -> list[int]:
-    """Return the official offset in voxels: own translation floored to whole voxels, difference truncated."""
-    size = np.asarray(grid.voxel_size, dtype=float)
-    difference = (np.asarray(translation, dtype=float) // size) * size - np.asarray(grid.translation, dtype=float)
-    return [int(v) for v in (np.abs(difference) // size) * np.sign(difference)]

@@ -17,6 +17,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from connectomics.errors import InputError, WriteError
+from connectomics.geometry import index
 from connectomics.metrics.challenge.align import Readable
 from connectomics.metrics.challenge.instance_distances import Box
 from connectomics.metrics.challenge.scoring import prediction_array, truth_array, where_parts
@@ -35,7 +36,7 @@ class BlockPair:
 
     def __init__(self, pred: Readable, truth: Readable, memory_bytes: int) -> None:
         self._pred, self._truth = pred, truth
-        self.shape = (truth.shape[0], truth.shape[1], truth.shape[2])
+        self.shape = index(truth.shape)
         self.scratch_bytes = memory_bytes // 2
         self._max_label = max(1 << 16, memory_bytes // 64)
         plane = self.shape[1] * self.shape[2]
@@ -174,7 +175,12 @@ class SlabComponents:
         numbers[0] = 0
         parts: NDArray[np.uint32] = numbers[local]
         if self._above is not None:
-            self._joins.append(_touching(*self._above, slab[0], parts[0]))
+            pairs = np.empty((1 << 16, 2), np.int64)
+            touching = _touching_runs(*self._above, slab[0], parts[0], pairs)
+            if touching > len(pairs):
+                pairs = np.empty((touching, 2), np.int64)
+                _touching_runs(*self._above, slab[0], parts[0], pairs)
+            self._joins.append(np.unique(pairs[:touching], axis=0))
         self._above = slab[-1].copy(), parts[-1].copy()
         self.count += n
         return parts
@@ -207,7 +213,8 @@ def _values_of(parts, values, before, out):  # type: ignore[no-untyped-def]  # p
 
 @njit(cache=True, nogil=True)
 def _touching_runs(value_a, part_a, value_b, part_b, out):  # type: ignore[no-untyped-def]  # pragma: no cover
-    """Pairs of components of two neighboring planes that touch with equal values, without repeats in a row."""
+    """Pairs of components of two neighboring planes that touch with equal values (26 neighbors), without repeats in a
+    row, as far as ``out`` (n, 2) has room; returns their number."""
     n_y, n_x = part_a.shape
     n = 0
     last_a, last_b = np.int64(0), np.int64(0)
@@ -226,15 +233,3 @@ def _touching_runs(value_a, part_a, value_b, part_b, out):  # type: ignore[no-un
                             n += 1
                             last_a, last_b = pair_a, pair_b
     return n
-
-
-def _touching(
-    value_a: NDArray[Any], part_a: NDArray[Any], value_b: NDArray[Any], part_b: NDArray[Any]
-) -> NDArray[np.int64]:
-    """Return the pairs (n, 2) of components of two neighboring planes that touch with equal values (26 neighbors)."""
-    out = np.empty((1 << 16, 2), np.int64)
-    n = _touching_runs(value_a, part_a, value_b, part_b, out)
-    if n > len(out):
-        out = np.empty((n, 2), np.int64)
-        _touching_runs(value_a, part_a, value_b, part_b, out)
-    return np.unique(out[:n], axis=0)

@@ -53,7 +53,9 @@ class Distances:
             same = compared & (other == second)
             distances[same] = known[same]
         # Row 0 of the components' boxes is the empty box, which leaves a union as it is.
-        found = _union(overlaps.part_boxes[matched], overlaps.part_boxes[second])
+        one_box, other_box = overlaps.part_boxes[matched], overlaps.part_boxes[second]
+        found = np.maximum(one_box, other_box)
+        found[:, ::2] = np.minimum(one_box[:, ::2], other_box[:, ::2])
         identical = _identical(overlaps, matched) & (second == 0)
         distances[identical] = 0.0
         # A face of one box that lies beyond the other's is a voxel at least that far from the other mask.
@@ -109,24 +111,17 @@ def _offset(box: Box, origin: Box) -> tuple[int, int, int]:
 
 
 def _slices(box: NDArray[np.int32]) -> Box:
-    z0, z1, y0, y1, x0, x1 = (int(v) for v in box)
-    return slice(z0, z1), slice(y0, y1), slice(x0, x1)
+    z, y, x = (slice(*ends) for ends in box.reshape(3, 2).tolist())
+    return z, y, x
 
 
 def _volume(boxes: NDArray[np.int32]) -> NDArray[np.int64]:
     return np.prod(boxes[:, 1::2] - boxes[:, ::2], axis=1, dtype=np.int64)
 
 
-def _union(a: NDArray[np.int32], b: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Return the unions of boxes (N, 6), row by row."""
-    union = np.maximum(a, b)
-    union[:, ::2] = np.minimum(a[:, ::2], b[:, ::2])
-    return union
-
-
 def _identical(overlaps: Overlaps, matched: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Return which ground-truth labels have the same voxels as their matched component, (T,)."""
-    row = np.searchsorted(overlaps.truth_ids, overlaps.pair_truth)
+    row = overlaps.pair_row
     same = (overlaps.pair_voxels == overlaps.truth_sizes[row]) & (
         overlaps.pair_voxels == overlaps.part_sizes[overlaps.pair_part]
     )

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from connectomics.config.values import plain
 from connectomics.geometry import Triple
-from connectomics.metrics.cellmap_metrics import Pooled
+from connectomics.metrics.cellmap_metrics import Counts, Pooled
 from connectomics.metrics.challenge.rules import RULES, Rules
 
 SCORED = "scored"
@@ -330,8 +330,7 @@ def pool_class(class_name: str, results: Sequence[LabelResult]) -> ClassScore:
     panoptic = sum((r.score.panoptic for r in results if r.score.panoptic is not None), Panoptic())
     by_quality = any(r.by_quality for r in results)
     if not instances:
-        iou = tp / (tp + fp + fn) if tp + fp + fn else 1.0
-        return ClassScore(*counts, iou=iou, panoptic=panoptic, by_quality=by_quality)
+        return ClassScore(*counts, iou=Counts(tp, fp, fn).iou, panoptic=panoptic, by_quality=by_quality)
     number, total = sum(s.n_hausdorff for s in instances), sum(s.hausdorff_norm_sum for s in instances)
     ratios = instance_ratios(tp, fp, fn, total, number)
     return ClassScore(*counts, *ratios, panoptic=panoptic, by_quality=by_quality)
@@ -342,7 +341,7 @@ def instance_ratios(tp: int, fp: int, fn: int, distance_sum: float, number: int)
 
     F1 is 2 tp / (2 tp + fp + fn). All are 1 if both volumes are empty.
     """
-    f1 = 2 * tp / (2 * tp + fp + fn) if 2 * tp + fp + fn else 1.0
+    f1 = Counts(tp, fp, fn).dice
     distance = distance_sum / number if number else 1.0
     return f1, distance, (f1 * distance) ** 0.5
 

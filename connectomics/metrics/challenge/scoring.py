@@ -79,7 +79,7 @@ def score_semantic(pred: ArrayLike, truth: ArrayLike) -> SemanticScore:
     """
     a, b = np.asarray(pred), np.asarray(truth)
     check_shapes(a, b)
-    nan_voxels = int(np.count_nonzero(np.isnan(a))) if a.dtype.kind == "f" else 0
+    nan_voxels = nan_count(a)
     if nan_voxels:
         warnings.warn(nan_message(nan_voxels), stacklevel=2)
     counts = Counts.of(a, b)
@@ -93,11 +93,13 @@ def prediction_array(pred: ArrayLike) -> tuple[NDArray[Any], int]:
     if array.dtype.kind not in "biuf":
         raise InputError(f"a prediction must be bool, integer or float, got dtype {array.dtype}")
     array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
-    if array.dtype.kind != "f":
-        return array, 0
-    nan = np.isnan(array)
-    count = int(np.count_nonzero(nan))
-    return (np.where(nan, array.dtype.type(0), array) if count else array), count
+    count = nan_count(array)
+    return (np.where(np.isnan(array), array.dtype.type(0), array) if count else array), count
+
+
+def nan_count(values: NDArray[Any]) -> int:
+    """Return the number of values that are NaN."""
+    return int(np.count_nonzero(np.isnan(values))) if values.dtype.kind == "f" else 0
 
 
 def truth_array(truth: ArrayLike) -> NDArray[Any]:
@@ -218,7 +220,7 @@ def match(overlaps: Overlaps, max_truth: int, rules: Rules) -> NDArray[np.int64]
     from ortools.graph.python import min_cost_flow
 
     compact = max_truth > _MAX_NODES
-    pair_row = np.searchsorted(overlaps.truth_ids, overlaps.pair_truth[keep])
+    pair_row = overlaps.pair_row[keep]
     n_truth = overlaps.truth_ids.size if compact else max_truth
     truth_node = (pair_row + 1) if compact else overlaps.pair_truth[keep]
     part = overlaps.pair_part[keep]
@@ -227,14 +229,14 @@ def match(overlaps: Overlaps, max_truth: int, rules: Rules) -> NDArray[np.int64]
 
     truths = np.arange(1, n_truth + 1)
     parts = np.arange(n_truth + 1, sink)
-    ones, sinks = np.ones(n_truth, np.int64), np.full(max(n_truth, n_parts), sink)
+    free, sinks = np.zeros(n_truth, np.int64), np.full(max(n_truth, n_parts), sink)
     cost = ((1.0 - iou[keep].astype(np.float64)) * rules.cost_scale).astype(np.int64)
     solver = min_cost_flow.SimpleMinCostFlow()
     arcs = solver.add_arcs_with_capacity_and_unit_cost(
-        np.concatenate([np.zeros(n_truth, np.int64), truths, truth_node, parts]).astype(np.int32),
+        np.concatenate([free, truths, truth_node, parts]).astype(np.int32),
         np.concatenate([truths, sinks[:n_truth], part + n_truth, sinks[:n_parts]]).astype(np.int32),
         np.ones(2 * n_truth + part.size + n_parts, np.int64),
-        np.concatenate([0 * ones, (rules.cost_scale + 1) * ones, cost, np.zeros(n_parts, np.int64)]),
+        np.concatenate([free, free + (rules.cost_scale + 1), cost, np.zeros(n_parts, np.int64)]),
     )
     solver.set_node_supply(0, n_truth)
     solver.set_node_supply(sink, -n_truth)
@@ -274,7 +276,7 @@ def score_pair(
         mapped = version.mapped(np.concatenate([found.by(version), unmatched]), voxel_size, cap)
         sums[version.version] = float(np.sum(mapped))
     return InstanceScore(
-        tp, fp, int(overlaps.truth_ids.size) - tp, sums[rules.version], int(overlaps.truth_ids.size) + fp, SCORED,
+        tp, fp, overlaps.truth_ids.size - tp, sums[rules.version], overlaps.truth_ids.size + fp, SCORED,
         rules.version, rules.verified, pair.nan_voxels, _panoptic(overlaps),
         _table(pair, overlaps, matched, found.by(rules)), sums,
     )  # fmt: skip
@@ -285,14 +287,14 @@ def _panoptic(overlaps: Overlaps) -> Panoptic:
     iou = overlaps.pair_iou()
     good = iou > 0.5
     tp = int(np.count_nonzero(good))
-    return Panoptic(tp, overlaps.n_parts - tp, int(overlaps.truth_ids.size) - tp, float(iou[good].sum()))
+    return Panoptic(tp, overlaps.n_parts - tp, overlaps.truth_ids.size - tp, float(iou[good].sum()))
 
 
 def _table(
     pair: VolumePair, overlaps: Overlaps, matched: NDArray[np.int64], distances: NDArray[np.float32]
 ) -> InstanceTable:
     iou = np.zeros(matched.size)
-    row = np.searchsorted(overlaps.truth_ids, overlaps.pair_truth)
+    row = overlaps.pair_row
     is_match = matched[row] == overlaps.pair_part
     iou[row[is_match]] = overlaps.pair_iou()[is_match]
     values = pair.prediction_values(matched, overlaps.part_first[matched])

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.errors import InputError, MetadataError, MissingError, unknown_name
-from connectomics.geometry import VoxelGrid
+from connectomics.geometry import VoxelGrid, index
 from connectomics.io.artifacts import marks, require_complete
 from connectomics.io.multiscale import Multiscale, PlainArray
 from connectomics.io.store import is_array as is_local_array
@@ -197,7 +197,7 @@ def _target(store: Store, crop: str, class_name: str, dataset: str, grid: VoxelG
     array = ZarrArray(store, path)
     if len(array.shape) != 3 or math.prod(array.shape) == 0:
         raise InputError(f"{array.where}: expected three dimensions (z y x), got shape {array.shape}")
-    shape = (array.shape[0], array.shape[1], array.shape[2])
+    shape = index(array.shape)
     if grid is None:
         own = source_of(array, array.attrs)
         if own.voxel_size is None:

@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import psutil
 from numpy.typing import NDArray
 
@@ -27,7 +26,14 @@ from connectomics.metrics.challenge.results import (
     pool,
 )
 from connectomics.metrics.challenge.rules import DEFAULT_RULES, RULES, Rules, get_rules
-from connectomics.metrics.challenge.scoring import InMemoryPair, missing_score, nan_message, score_pair, truth_array
+from connectomics.metrics.challenge.scoring import (
+    InMemoryPair,
+    missing_score,
+    nan_count,
+    nan_message,
+    score_pair,
+    truth_array,
+)
 from connectomics.metrics.challenge.sources import (
     Masked,
     Submission,
@@ -169,7 +175,7 @@ class _Scorer:
         with self._budget.held(resampling):  # the slabs themselves need little memory
             for slab in _slabs(target.grid):
                 a = pred.read(*slab)
-                nan_voxels += int(np.count_nonzero(np.isnan(a))) if a.dtype.kind == "f" else 0
+                nan_voxels += nan_count(a)
                 counts += Counts.of(a, truth.read(*slab))
         return SemanticScore(counts.tp, counts.fp, counts.fn, nan_voxels=nan_voxels)
 

@@ -304,8 +304,8 @@ class ZarrArray:
         if meta is None:
             raise MissingError(f"no Zarr v2 array at {self.where}")
         try:
-            self.shape = tuple(int(n) for n in meta["shape"])
-            self.chunks = tuple(int(n) for n in meta["chunks"])
+            self.shape = tuple(map(int, meta["shape"]))
+            self.chunks = tuple(map(int, meta["chunks"]))
             self.dtype = np.dtype(meta["dtype"])
             fill = meta.get("fill_value")
             self.fill = np.zeros((), self.dtype) if fill is None else np.asarray(fill).astype(self.dtype).reshape(())
