@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from connectomics.errors import InputError
 from connectomics.metrics.cellmap_metrics import Counts, Pooled, evaluate_instance
-from connectomics.metrics.challenge.results import Panoptic, instance_ratios
+from connectomics.metrics.challenge.results import SCORED, InstanceScore, Panoptic, instance_ratios
 from connectomics.metrics.challenge.rules import DEFAULT_RULES, Rules, get_rules
 from connectomics.metrics.challenge.scoring import score_instance
 
@@ -96,6 +96,18 @@ class InstanceSums(Pooled):
     voi_split: float = 0.0
     voi_merge: float = 0.0
     weight: int = 0
+
+    @classmethod
+    def of(cls, score: InstanceScore) -> Self:
+        """Return what pools of one crop, without the usual measures.
+
+        A crop that the challenge drops, for far too many predicted objects, counts as if every true object had been
+        missed. Otherwise noise would score best.
+        """
+        if score.status != SCORED:
+            missed = 0 if score.panoptic is None else score.panoptic.fn
+            return cls(fn=missed, distance_n=missed)
+        return cls(score.tp, score.fp, score.fn, score.hausdorff_norm_sum, score.n_hausdorff)
 
     @property
     def ratios(self) -> tuple[float, float, float]:
@@ -196,10 +208,7 @@ def evaluate_label(
         a, b = np.where(mask, a, np.zeros((), a.dtype)), np.where(mask, b, np.zeros((), b.dtype))
     score = score_instance(a, b, voxel_size, rules, workers=workers, compare=True)
     weight = counts.tp + counts.fn
-    sums = InstanceSums(
-        score.tp, score.fp, score.fn, score.hausdorff_norm_sum, score.n_hausdorff, usual["rand_error"] * weight,
-        usual["voi_split"] * weight, usual["voi_merge"] * weight, weight,
-    )  # fmt: skip
+    sums = replace(InstanceSums.of(score), weight=weight, **{name: value * weight for name, value in usual.items()})
     by_rules = {version: replace(sums, distance_sum=total) for version, total in score.sums.items()}
     return LabelEvaluation(dataset, crop, class_name, counts, sums, score.panoptic, by_rules)
 

@@ -17,6 +17,7 @@ from connectomics.errors import MetadataError
 from connectomics.inference.artifact import save_cellmap_predictions
 from connectomics.io.artifacts import about
 from connectomics.io.write import update_attrs
+from connectomics.metrics.challenge.results import TOO_MANY, InstanceScore
 from connectomics.pages import charts, page
 from connectomics.pages.report import run_folder, scores, training
 from connectomics.pages.report.crops import choose, extremes, ranked
@@ -303,6 +304,12 @@ def test_intervals_are_of_the_pooled_score_over_crops(made: Made) -> None:
         assert (low, high) == pytest.approx((min(alone), max(alone)))  # a draw of two crops may take either twice
     one = dataclasses.replace(table, results=tuple(r for r in table.results if r.crop == "crop7"))
     assert scores.class_intervals(one) == {}
+    dropped = InstanceScore(0, 0, 0, 0.0, 0, TOO_MANY, "2026-06", True)
+    (mito,) = (r for r in one.results if r.class_name == "mito")
+    crops = tuple(dataclasses.replace(mito, crop=name) for name in ("crop8", "crop9"))
+    crops += (dataclasses.replace(mito, crop="crop10", score=dropped),)
+    low, high = scores.class_intervals(dataclasses.replace(table, results=crops))["mito"]
+    assert low == high == scores.rank_value(mito) < 1  # a crop that does not count is not drawn
 
 
 def test_the_worst_and_the_best_share_nothing(made: Made) -> None:

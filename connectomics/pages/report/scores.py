@@ -163,11 +163,11 @@ def class_intervals(scores: Scores) -> dict[str, tuple[float, float]]:
         if result.by_quality:
             part = s.panoptic
         elif isinstance(s, InstanceScore):
-            part = InstanceSums(s.tp, s.fp, s.fn, s.hausdorff_norm_sum, s.n_hausdorff)
+            part = None if s.status in DROPPED else InstanceSums.of(s)
         else:
             part = Counts(s.tp, s.fp, s.fn)
-        parts = groups.setdefault(result.class_name, [])
-        parts += [] if part is None else [part]
+        if part is not None:
+            groups.setdefault(result.class_name, []).append(part)
     return {name: bootstrap_interval(parts, score_of) for name, parts in groups.items() if len(parts) > 1}
 
 
