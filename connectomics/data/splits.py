@@ -187,6 +187,14 @@ def kept_out(crops: Sequence[Crop], splits: Mapping[str, Split]) -> list[Crop]:
     return [crop for crop in kept if entry_of(crop) not in seen]
 
 
+def common_split(crops: Sequence[Crop], splits: Mapping[str, Split]) -> Split:
+    """Return the split of several networks together: what any of them was trained on trains, what `kept_out` returns
+    validates."""
+    keys = {crop.key for crop in crops}
+    train = dict.fromkeys(entry for split in splits.values() for entry in split.within(keys).train)
+    return Split(tuple(train), tuple(map(entry_of, kept_out(crops, splits))))
+
+
 def _common_part(first: Crop, second: Crop) -> Crop | None:
     """The part of a crop that two regions of it share; None if there is none, or if they are of different crops."""
     if first.key != second.key:

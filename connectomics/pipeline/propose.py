@@ -32,7 +32,7 @@ from connectomics.data.candidates import (
     has_content,
 )
 from connectomics.data.run_split import half_patch
-from connectomics.data.splits import Split, select_entries
+from connectomics.data.splits import Split, common_split, select_entries
 from connectomics.decoding.parameters import decode_parameters
 from connectomics.errors import InputError, WriteError, number_of, unknown_name
 from connectomics.geometry import Index, VoxelGrid, index
@@ -199,13 +199,13 @@ class Search:
             raise InputError(f"all data sets of {data.data_root} are held out; there is nothing to choose from")
         return areas
 
-    def _splits(self) -> list[Split]:
-        """The splits of the networks, as far as they are known."""
-        return [split for path in self.paths if (split := split_of(path))]
+    def _splits(self) -> dict[str, Split]:
+        """The splits of the networks by path, as far as they are known."""
+        return {str(path): split for path in self.paths if (split := split_of(path))}
 
     def _validation(self, crops: Sequence[Crop]) -> list[Crop]:
         keys = {crop.key for crop in crops}
-        return [held for split in self._splits() for held in select_entries(split.within(keys).val, crops)]
+        return [held for split in self._splits().values() for held in select_entries(split.within(keys).val, crops)]
 
     def candidates(self, areas: Sequence[Area], most: int, rng: np.random.Generator) -> list[Placed]:
         """Return the candidates of all areas; raises `InputError` if there are none."""
@@ -338,8 +338,11 @@ class Search:
         files.write_table(folder / files.TABLE, found)
         if splits := self._splits():
             catalog = Catalog.open(self.config.dataset.data_root)
-            keys = {f"{dataset}/{crop}" for dataset in catalog.datasets for crop in catalog.crop_names(dataset)}
-            splits[0].within(keys).save(folder / files.SPLIT)
+            crops = [catalog.crop(name, crop) for name in catalog.datasets for crop in catalog.crop_names(name)]
+            split = common_split(crops, splits)
+            if not split.val:
+                log.warning("no crop was held out by all networks, so %s has no validation crops", files.SPLIT)
+            split.save(folder / files.SPLIT)
 
     def _raw(self, proposal: Proposal) -> NDArray[Any]:
         source = Multiscale.open(Catalog.open(self.config.dataset.data_root).raw_location(proposal.dataset))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from connectomics.lightning.model_package import split_of
 
 log = logging.getLogger(__name__)
 
+_BOX = "box_"  # begins the names of boxes
 _ADVICE = "do not evaluate or tune on training data; --crops val predicts the others"
 
 
@@ -138,7 +140,7 @@ def box_target(config: RunConfig, text: str) -> Target:
         dataset, box = text, Multiscale.open(Catalog.open(config.dataset.data_root).raw_location(text)).grid.box
     grid = VoxelGrid.covering(box, config.dataset.voxel_size)
     # exact numbers, or two boxes could share a name
-    name = "box_" + "_".join(str(int(v)) if v.is_integer() else repr(v) for v in (*box.begin, *box.end))
+    name = _BOX + "_".join(str(int(v)) if v.is_integer() else repr(v) for v in (*box.begin, *box.end))
     return Target(dataset, name, dict.fromkeys(predicted_classes(config), grid))
 
 
@@ -160,16 +162,30 @@ def with_trained(
     targets: Sequence[Target] | None, config: RunConfig, checkpoints: Sequence[str | Path], advice: str = _ADVICE
 ) -> list[Target]:
     """Return targets (None: those of the configuration) that say whether a network was trained on a part of them, as
-    far as its run (``split.yaml``) or its package says so. Warn of these."""
-    seen = [parse_entry(entry) for path in checkpoints if (split := split_of(path)) for entry in split.train]
-    found = []
+    far as its run (``split.yaml``) or its package says so. Warn of these. They may overlap a training crop of another
+    name. Boxes of ``--box`` are not checked: they have no ground truth."""
+    seen = {parse_entry(entry) for path in checkpoints if (split := split_of(path)) for entry in split.train}
+    found, trained_boxes = [], cache(partial(_trained_boxes, Catalog.open(config.dataset.data_root), seen))
     for target in targets_of(config) if targets is None else targets:
         # without the outer half of voxels, which may touch a region
         boxes = [grid.box.grow(-0.5 * np.asarray(grid.voxel_size)) for grid in target.grids.values()]
-        regions = [region for key, region in seen if key == target.key]
-        trained = any(r is None or any(not r.intersect(box).is_empty for box in boxes) for r in regions)
-        found.append(replace(target, seen_in_training=trained))
+        trained = (target.key, None) in seen or any(
+            not part.intersect(box).is_empty for box in boxes for part in trained_boxes(target.dataset)
+        )
+        found.append(replace(target, seen_in_training=trained and not target.name.startswith(_BOX)))
     name_trained(((target.key, target.seen_in_training) for target in found), advice)
+    return found
+
+
+def _trained_boxes(catalog: Catalog, seen: Iterable[tuple[str, Box | None]], dataset: str) -> list[Box]:
+    """Return the regions of training in a data set, and the boxes of its crops that were trained on whole."""
+    found = []
+    for key, region in seen:
+        name, _, crop = key.partition("/")
+        if name == dataset and region is not None:
+            found.append(region)
+        elif name == dataset in catalog.datasets and crop in catalog.crop_names(dataset):
+            found.append(catalog.crop(dataset, crop).box)
     return found
 
 

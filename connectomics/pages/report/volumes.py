@@ -45,7 +45,7 @@ class LabelReader:
 
 
 def plain_labels(location: str, class_name: str, grid: VoxelGrid | None = None) -> LabelReader:
-    """Open a plain array, as in the scorer's ground truth: all its voxels are known.
+    """Open a plain array, as in the scorer's ground truth; what the mask beside it leaves out is unknown.
 
     ``grid`` (from a crop table) is used if the attributes of the array have none.
     """
@@ -55,7 +55,13 @@ def plain_labels(location: str, class_name: str, grid: VoxelGrid | None = None) 
         raise MetadataError(
             f"{location}: expected voxel_size and translation for shape {array.shape}; add them to its attributes"
         )
-    return LabelReader(found, is_instance_class(class_name), partial(_read_nearest, array, found))
+    mask = PlainArray.open(f"{location}_mask") if store.exists(f"{location}_mask") else None
+
+    def read(part: VoxelGrid) -> Labels:
+        values, known = _read_nearest(array, found, part)
+        return values, known if mask is None else known & (_read_nearest(mask, found, part)[0] != 0)
+
+    return LabelReader(found, is_instance_class(class_name), read)
 
 
 def annotated_labels(catalog: Catalog, dataset: str, crop: str, class_name: str, grid: VoxelGrid) -> LabelReader | None:
