@@ -172,9 +172,10 @@ def check_leaks(train: Sequence[Crop], val: Sequence[Crop], where: str, margin: 
     ]
 
 
-def kept_out(crops: Sequence[Crop], splits: Mapping[str, Split]) -> list[Crop]:
-    """Return the crops, or parts of them, that are validation crops in all of these splits, by what each is of, without
-    those that overlap a training crop of any of them (logs a warning). Entries of other crops are ignored."""
+def trained_and_kept_out(crops: Sequence[Crop], splits: Mapping[str, Split]) -> tuple[list[Crop], list[Crop]]:
+    """Return the crops, or parts of them, that train in any of these splits, by what each is of, and those that
+    validate in all of them, without those that overlap one that trains (logs a warning). Entries of other crops are
+    ignored."""
     keys = {crop.key for crop in crops}
     kept, trained = list(crops), []
     for where, split in splits.items():
@@ -184,15 +185,7 @@ def kept_out(crops: Sequence[Crop], splits: Mapping[str, Split]) -> list[Crop]:
     seen = {entry_of(held) for _, held in leaks(trained, kept)}
     if seen:
         log.warning("left out because they overlap training crops: %s", ", ".join(sorted(seen)))
-    return [crop for crop in kept if entry_of(crop) not in seen]
-
-
-def common_split(crops: Sequence[Crop], splits: Mapping[str, Split]) -> Split:
-    """Return the split of several networks together: what any of them was trained on trains, what `kept_out` returns
-    validates."""
-    keys = {crop.key for crop in crops}
-    train = dict.fromkeys(entry for split in splits.values() for entry in split.within(keys).train)
-    return Split(tuple(train), tuple(map(entry_of, kept_out(crops, splits))))
+    return trained, [crop for crop in kept if entry_of(crop) not in seen]
 
 
 def _common_part(first: Crop, second: Crop) -> Crop | None:

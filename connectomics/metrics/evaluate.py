@@ -162,7 +162,7 @@ class LabelEvaluation:
         """Return what pools to the score of the class by these rules; None without the instance measures it needs."""
         if rules.is_instance(self.class_name):
             if self.instances is None or rules.by_quality:
-                return self.panoptic if self.instances is not None else None
+                return self.panoptic
             return self.by_rules.get(rules.version, self.instances)
         if rules.by_quality:
             return Panoptic.of_segment(self.counts.tp, self.counts.fp, self.counts.fn)
@@ -204,8 +204,7 @@ def evaluate_label(
     usual = evaluate_instance(pred, gt, known)
     a, b = np.asarray(pred), np.asarray(gt)
     if known is not None:
-        mask = np.asarray(known).astype(bool, copy=False)
-        a, b = np.where(mask, a, np.zeros((), a.dtype)), np.where(mask, b, np.zeros((), b.dtype))
+        a, b = (np.where(known, values, np.zeros((), values.dtype)) for values in (a, b))
     score = score_instance(a, b, voxel_size, rules, workers=workers, compare=True)
     weight = counts.tp + counts.fn
     sums = replace(InstanceSums.of(score), weight=weight, **{name: value * weight for name, value in usual.items()})

@@ -6,6 +6,8 @@ copied) with a crop table and ground truth in the challenge's layout, so the lat
 
 from __future__ import annotations
 
+import logging
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,9 +20,12 @@ from connectomics.cellmap.catalog import EM, GROUND_TRUTH, Catalog, Crop, LabelA
 from connectomics.cellmap.classes import is_instance_class
 from connectomics.cellmap.crop_table import CropTable, TableEntry
 from connectomics.cellmap.summary import label_counts
+from connectomics.data.splits import leaks
 from connectomics.errors import InputError
 from connectomics.geometry import VoxelGrid, slices_of
 from connectomics.io.write import create_array, create_multiscale, ensure_group
+
+log = logging.getLogger(__name__)
 
 _SHARES = (0.6, 0.15, 0.25)  # training, validation, test
 
@@ -30,7 +35,7 @@ def hold_out(dataset: Path, out: Path, classes: Sequence[str]) -> tuple[list[str
     ``test_crops.csv`` and ``truth.zarr`` of the test parts; return the keys of the training and the validation crops.
 
     Part k of crop N (1 training, 2 validation, 3 test) becomes crop ``10 N + k``. The score leaves out what is unknown
-    in a test part, and classes of which nothing is known there.
+    in a test part, and classes of which nothing is known there. A crop that overlaps a larger one is left out.
 
     Args:
         dataset: local folder ``{root}/{dataset}``. classes: only these are copied; a crop needs at least one of them.
@@ -40,7 +45,12 @@ def hold_out(dataset: Path, out: Path, classes: Sequence[str]) -> tuple[list[str
     """
     if out.exists():
         raise InputError(f"{out} exists; delete it or choose another folder")
-    crops = Catalog.open(str(dataset.parent)).crops([dataset.name], None, classes)
+    found, crops = Catalog.open(str(dataset.parent)).crops([dataset.name], None, classes), list[Crop]()
+    for crop in sorted(found, key=lambda crop: -math.prod(crop.box.extent)):
+        if pairs := leaks(crops, [crop]):  # a part for training could lie in the test part of another crop
+            log.warning("%s overlaps %s and is left out", crop.key, pairs[0][0].key)
+        else:
+            crops.append(crop)
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     try:

@@ -32,7 +32,7 @@ from connectomics.data.candidates import (
     has_content,
 )
 from connectomics.data.run_split import half_patch
-from connectomics.data.splits import Split, common_split, select_entries
+from connectomics.data.splits import Split, entry_of, select_entries, trained_and_kept_out
 from connectomics.decoding.parameters import decode_parameters
 from connectomics.errors import InputError, WriteError, number_of, unknown_name
 from connectomics.geometry import Index, VoxelGrid, index
@@ -242,12 +242,7 @@ class Search:
             pool = self._observed(pool, areas, flat, rng, progress)
             found = choose_uncertain(pool, budget)
         if len(found) < budget:
-            log.warning(
-                "asked for %s, but only %d %s free",
-                number_of(budget, "box"),
-                len(found),
-                "is" if len(found) == 1 else "are",
-            )
+            log.warning("asked for %s, but only %d could be placed", number_of(budget, "box"), len(found))
         decoding = self.config.decoding
         parameters = decode_parameters(self.classes, decoding.default, decoding.classes)
         kinds = {name: parameters[name].kind for name in self.classes}
@@ -339,10 +334,10 @@ class Search:
         if splits := self._splits():
             catalog = Catalog.open(self.config.dataset.data_root)
             crops = [catalog.crop(name, crop) for name in catalog.datasets for crop in catalog.crop_names(name)]
-            split = common_split(crops, splits)
-            if not split.val:
+            train, val = (dict.fromkeys(map(entry_of, side)) for side in trained_and_kept_out(crops, splits))
+            if not val:
                 log.warning("no crop was held out by all networks, so %s has no validation crops", files.SPLIT)
-            split.save(folder / files.SPLIT)
+            Split(tuple(train), tuple(val)).save(folder / files.SPLIT)
 
     def _raw(self, proposal: Proposal) -> NDArray[Any]:
         source = Multiscale.open(Catalog.open(self.config.dataset.data_root).raw_location(proposal.dataset))

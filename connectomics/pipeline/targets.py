@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from connectomics.cellmap.crop_table import CropTable
 from connectomics.config.schema import RunConfig
 from connectomics.data.normalization import for_prediction
 from connectomics.data.run_split import run_crops
-from connectomics.data.splits import kept_out, parse_entry
+from connectomics.data.splits import parse_entry, trained_and_kept_out
 from connectomics.errors import ConfigError, InputError, MissingError, first_of, number_of
 from connectomics.geometry import Box, Triple, VoxelGrid
 from connectomics.io import store
@@ -104,7 +103,7 @@ def kept_out_targets(config: RunConfig, checkpoints: Sequence[str | Path]) -> li
                 "that it was not trained on yourself: dataset.crops=[...]"
             )
         splits[str(path)] = split
-    kept = kept_out(run_crops(config), splits)
+    _, kept = trained_and_kept_out(run_crops(config), splits)
     if not kept:
         raise InputError(
             f"no crop of {config.dataset.data_root} was kept out of the training of "
@@ -165,27 +164,21 @@ def with_trained(
     far as its run (``split.yaml``) or its package says so. Warn of these. They may overlap a training crop of another
     name. Boxes of ``--box`` are not checked: they have no ground truth."""
     seen = {parse_entry(entry) for path in checkpoints if (split := split_of(path)) for entry in split.train}
-    found, trained_boxes = [], cache(partial(_trained_boxes, Catalog.open(config.dataset.data_root), seen))
-    for target in targets_of(config) if targets is None else targets:
+    chosen, catalog = targets_of(config) if targets is None else targets, Catalog.open(config.dataset.data_root)
+    parts: dict[str, list[Box]] = {target.dataset: [] for target in chosen if not target.name.startswith(_BOX)}
+    for key, region in seen:
+        dataset, _, crop = key.partition("/")
+        if dataset in parts and region is None and crop in catalog.crop_names(dataset):
+            parts[dataset].append(catalog.crop(dataset, crop).box)
+        elif dataset in parts and region is not None:
+            parts[dataset].append(region)
+    found = []
+    for target in chosen:
         # without the outer half of voxels, which may touch a region
         boxes = [grid.box.grow(-0.5 * np.asarray(grid.voxel_size)) for grid in target.grids.values()]
-        trained = (target.key, None) in seen or any(
-            not part.intersect(box).is_empty for box in boxes for part in trained_boxes(target.dataset)
-        )
-        found.append(replace(target, seen_in_training=trained and not target.name.startswith(_BOX)))
+        overlaps = (not part.intersect(box).is_empty for part in parts.get(target.dataset, ()) for box in boxes)
+        found.append(replace(target, seen_in_training=(target.key, None) in seen or any(overlaps)))
     name_trained(((target.key, target.seen_in_training) for target in found), advice)
-    return found
-
-
-def _trained_boxes(catalog: Catalog, seen: Iterable[tuple[str, Box | None]], dataset: str) -> list[Box]:
-    """Return the regions of training in a data set, and the boxes of its crops that were trained on whole."""
-    found = []
-    for key, region in seen:
-        name, _, crop = key.partition("/")
-        if name == dataset and region is not None:
-            found.append(region)
-        elif name == dataset in catalog.datasets and crop in catalog.crop_names(dataset):
-            found.append(catalog.crop(dataset, crop).box)
     return found
 
 

@@ -11,6 +11,7 @@ from connectomics.cellmap.catalog import Catalog
 from connectomics.cellmap.crop_table import CropTable
 from connectomics.cellmap.labels import read_labels
 from connectomics.errors import InputError
+from connectomics.geometry import VoxelGrid
 from connectomics.io.multiscale import PlainArray
 from connectomics.io.write import create_array, ensure_group
 from connectomics.pipeline.hold_out import hold_out
@@ -86,6 +87,24 @@ def test_a_class_that_is_unknown_in_the_whole_test_part_is_not_scored(tmp_path: 
     hold_out(root / "set-a", tmp_path / "cut", ["mito", "ld"])
     assert [e.class_name for e in CropTable.load(tmp_path / "cut/test_crops.csv")] == ["mito"]
     assert sorted(p.name for p in (tmp_path / "cut/truth.zarr/crop73").iterdir() if p.is_dir()) == ["mito"]
+
+
+def test_nothing_is_trained_on_in_a_test_part(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The second crop lies in the test part of the first, the fourth reaches into that of the third."""
+    root = tmp_path / "all"
+    write_raw(root, "set-a", np.zeros((4, 4, 240), np.uint8), grid_of((4, 4, 240)))
+    for crop, length, begin in (("crop2", 8, 31), ("crop1", 40, 0), ("crop3", 80, 100), ("crop4", 20, 170)):
+        grid = VoxelGrid((8.0,) * 3, (4.0, 4.0, 8.0 * begin + 4), (4, 4, length))
+        write_label(root, "set-a", crop, "mito", np.ones(grid.shape, np.uint8), grid)
+    out = tmp_path / "cut"
+    train, val = hold_out(root / "set-a", out, ["mito"])
+    catalog = Catalog.open(str(out))
+    seen = [catalog.crop(*key.split("/")).box for key in (*train, *val)]
+    tests = [entry.grid.box for entry in CropTable.load(out / "test_crops.csv")]
+    assert (len(train), len(val), len(tests)) == (2, 2, 2)
+    assert not any(min(a.intersect(b).extent) > 0 for a in seen for b in tests)
+    for small, large in ((2, 1), (4, 3)):
+        assert f"set-a/crop{small} overlaps set-a/crop{large} and is left out" in caplog.text
 
 
 def test_a_class_that_covers_only_a_part_makes_no_empty_arrays(tmp_path: Path) -> None:
