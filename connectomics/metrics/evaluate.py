@@ -105,7 +105,7 @@ class InstanceSums(Pooled):
         missed. Otherwise noise would score best.
         """
         if score.status != SCORED:
-            missed = 0 if score.panoptic is None else score.panoptic.fn
+            missed = (score.panoptic or Panoptic()).fn
             return cls(fn=missed, distance_n=missed)
         return cls(score.tp, score.fp, score.fn, score.hausdorff_norm_sum, score.n_hausdorff)
 
@@ -207,7 +207,10 @@ def evaluate_label(
         a, b = (np.where(known, values, np.zeros((), values.dtype)) for values in (a, b))
     score = score_instance(a, b, voxel_size, rules, workers=workers, compare=True)
     weight = counts.tp + counts.fn
-    sums = replace(InstanceSums.of(score), weight=weight, **{name: value * weight for name, value in usual.items()})
+    sums = replace(
+        InstanceSums.of(score), rand_error=usual["rand_error"] * weight, voi_split=usual["voi_split"] * weight,
+        voi_merge=usual["voi_merge"] * weight, weight=weight,
+    )  # fmt: skip
     by_rules = {version: replace(sums, distance_sum=total) for version, total in score.sums.items()}
     return LabelEvaluation(dataset, crop, class_name, counts, sums, score.panoptic, by_rules)
 

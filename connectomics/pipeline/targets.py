@@ -151,10 +151,10 @@ def chosen_targets(
         raise ConfigError("--crops and --box exclude each other; give one of them")
     if crops == "val":
         return kept_out_targets(config, checkpoints), None
-    table = CropTable.of_root(config.dataset.data_root) if crops == "test" else None
-    if table is None and crops is not None:
-        table = CropTable.resolve(crops)
-    return targets_of(config, crop_table=table, box=box), table
+    if crops is None:
+        return targets_of(config, box=box), None
+    table = CropTable.of_root(config.dataset.data_root) if crops == "test" else CropTable.resolve(crops)
+    return targets_of(config, crop_table=table), table
 
 
 def with_trained(

@@ -302,7 +302,7 @@ def _study(optuna: Any, predictions: list[_Prediction], volumes: list[Volume], s
         "base": plain(search.base),
         "crops": {key: p.source.attrs["connectomics"] for key, p in about.items()},
         "walls": {key: p.boundary.attrs["connectomics"] for key, p in about.items() if p.boundary is not None},
-        "labels": [zlib.crc32(np.ascontiguousarray(a)) for v in volumes for a in (v.known, v.truth)],
+        "labels": [zlib.crc32(np.ascontiguousarray(a).data) for v in volumes for a in (v.known, v.truth)],
     }
     if heads := {key: p.head.source.attrs["connectomics"] for key, p in about.items() if p.head is not None}:
         made_from["heads"] = heads

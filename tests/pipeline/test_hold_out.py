@@ -14,6 +14,9 @@ from connectomics.errors import InputError
 from connectomics.geometry import VoxelGrid
 from connectomics.io.multiscale import PlainArray
 from connectomics.io.write import create_array, ensure_group
+from connectomics.pages.report.library import Library
+from connectomics.pages.report.sources import ReportSources
+from connectomics.pages.report.volumes import plain_labels
 from connectomics.pipeline.hold_out import hold_out
 from connectomics.pipeline.score import score
 from tests.cellmap.plain_labels import counts
@@ -67,6 +70,10 @@ def test_the_score_leaves_out_what_is_unknown_in_the_test_part(tmp_path: Path, n
     write_raw(root, "set-a", np.zeros(values.shape, np.uint8), grid_of(values.shape))
     write_label(root, "set-a", "crop7", name, values, grid_of(values.shape), unknown=255)
     hold_out(root / "set-a", tmp_path / "cut", [name])
+    known = values[:, :, 30:] != 255
+    truth, grid = tmp_path / "cut/truth.zarr", CropTable.load(tmp_path / "cut/test_crops.csv").entries[0].grid
+    np.testing.assert_array_equal(plain_labels(str(truth / "crop73" / name), name).read(grid)[1], known)
+    assert [w.class_name for w in Library.open(ReportSources(truth=truth)).wanted()] == [name]
     found = {}
     for case, begin in (("unknown", 37), ("known", 36)):
         prediction = (values[:, :, 30:] == 1).astype(np.uint8)

@@ -12,14 +12,15 @@ from markupsafe import Markup
 
 from connectomics.cellmap.catalog import Catalog, Crop
 from connectomics.data.contents import said_counts
+from connectomics.data.splits import Split
 from connectomics.errors import ConnectomicsError
 from connectomics.pages import page
-from connectomics.pages.report.run_folder import class_names, read_metrics, read_timing, read_yaml
+from connectomics.pages.report.run_folder import class_names, read_metrics, read_timing
 
 _MOST_DATASETS = 60
 _MOST_NAMES = 24
 _MOST_PROBLEMS = 5
-_SPLIT_NAMES = {"train": "crops for training", "val": "crops for validation", "test": "crops for the final test"}
+_SIDES = {"train": "crops for training", "val": "crops for validation"}
 
 
 @dataclass
@@ -58,9 +59,9 @@ def _seen(run: Path) -> dict[str, Any]:
     patches = read_timing(run).get("samples")
     split, problem = {}, None
     try:
-        found = read_yaml(run / "split.yaml")
-        parts = {k: v for k, v in found.items() if isinstance(v, list)} if isinstance(found, dict) else {}
-        split = {_SPLIT_NAMES.get(str(k), str(k)): f"{len(v)}: {_names(v)}" for k, v in parts.items()}
+        if (run / "split.yaml").is_file():
+            sides = vars(Split.load(run / "split.yaml"))
+            split = {_SIDES[side]: f"{len(keys)}: {_names(keys)}" for side, keys in sides.items()}
     except ConnectomicsError as error:
         problem = str(error)
     return {"split": split, "problem": problem, "rows": rows, "patches": patches if isinstance(patches, int) else None}

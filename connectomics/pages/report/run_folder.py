@@ -21,19 +21,18 @@ Columns = Mapping[str, Sequence[tuple[float, float, float]]]
 
 
 def read_config(run: Path) -> dict[str, Any] | None:
-    """Return ``config.yaml`` of a run as `read_yaml` does; content that is no mapping is empty."""
-    found = read_yaml(run / "config.yaml")
-    return found if found is None or isinstance(found, dict) else {}
+    """Return ``config.yaml`` of a run, None if there is no file; content that is no mapping is empty.
 
-
-def read_yaml(path: Path) -> Any:
-    """Return the content of a YAML file, None if there is no file; `MetadataError` if it cannot be read."""
+    Raises `MetadataError` if it cannot be read.
+    """
+    path = run / "config.yaml"
     if not path.is_file():
         return None
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise MetadataError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+    return found if isinstance(found, dict) else {}
 
 
 def read_timing(run: Path) -> dict[str, Any]:
