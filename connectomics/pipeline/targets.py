@@ -168,10 +168,8 @@ def with_trained(
     parts: dict[str, list[Box]] = {target.dataset: [] for target in chosen if not target.name.startswith(_BOX)}
     for key, region in seen:
         dataset, _, crop = key.partition("/")
-        if dataset in parts and region is None and crop in catalog.crop_names(dataset):
-            parts[dataset].append(catalog.crop(dataset, crop).box)
-        elif dataset in parts and region is not None:
-            parts[dataset].append(region)
+        if dataset in parts and (region or crop in catalog.crop_names(dataset)):
+            parts[dataset].append(region or catalog.crop(dataset, crop).box)
     found = []
     for target in chosen:
         # without the outer half of voxels, which may touch a region
