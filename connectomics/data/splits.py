@@ -186,9 +186,10 @@ def check_leaks(train: Sequence[Crop], val: Sequence[Crop], where: str, margin: 
     ]
 
 
-def kept_out(crops: Sequence[Crop], splits: Mapping[str, Split]) -> list[Crop]:
-    """Return the crops, or parts of them, that are validation crops in all of these splits, by what each is of, without
-    those that overlap a training crop of any of them (logs a warning). Entries of other crops are ignored."""
+def trained_and_kept_out(crops: Sequence[Crop], splits: Mapping[str, Split]) -> tuple[list[Crop], list[Crop]]:
+    """Return the crops, or parts of them, that train in any of these splits, by what each is of, and those that
+    validate in all of them, without those that overlap one that trains (logs a warning). Entries of other crops are
+    ignored."""
     keys = {crop.key for crop in crops}
     kept, used = list(crops), list[Crop]()
     for where, split in splits.items():
@@ -199,7 +200,7 @@ def kept_out(crops: Sequence[Crop], splits: Mapping[str, Split]) -> list[Crop]:
     seen = {entry_of(held) for _, held in leaks(used, kept)}
     if seen:
         log.warning("left out because they overlap training crops: %s", ", ".join(sorted(seen)))
-    return [crop for crop in kept if entry_of(crop) not in seen]
+    return trained, [crop for crop in kept if entry_of(crop) not in seen]
 
 
 def _common_part(first: Crop, second: Crop) -> Crop | None:

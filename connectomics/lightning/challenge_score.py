@@ -20,7 +20,7 @@ from connectomics.errors import ConfigError, unknown_name
 from connectomics.geometry import VoxelGrid, slices_of
 from connectomics.lightning.pooled_scores import Sums
 from connectomics.metrics.cellmap_metrics import Counts
-from connectomics.metrics.challenge.results import TOO_MANY, Panoptic
+from connectomics.metrics.challenge.results import Panoptic
 from connectomics.metrics.challenge.rules import get_rules
 from connectomics.metrics.challenge.scoring import score_instance
 from connectomics.metrics.evaluate import InstanceSums
@@ -195,9 +195,6 @@ class CropScore:
         score = score_instance(found, truth, self.grid.voxel_size, self.total.rules, workers=torch.get_num_threads())
         if self.total.rules.by_quality and score.panoptic is not None:
             self._add_quality(name, score.panoptic)
-        elif score.status == TOO_MANY:
-            missed = int(np.count_nonzero(np.unique(truth)))
-            self.total.add(name, 0, 0, missed, (0.0, missed))
         else:
-            distances = (score.hausdorff_norm_sum, score.n_hausdorff)
-            self.total.add(name, score.tp, score.fp, score.fn, distances)
+            sums = InstanceSums.of(score)
+            self.total.add(name, sums.tp, sums.fp, sums.fn, (sums.distance_sum, sums.distance_n))

@@ -12,6 +12,7 @@ from connectomics.errors import ConfigError, require_known
 from connectomics.metrics.challenge.rules import DEFAULT_RULES, get_rules
 
 _BLOCK = (128, 128, 128)
+_HIGH, _NEITHER = ("dice", "iou", "score"), ("train/known", "train/lr")  # better if high; neither better nor worse
 _HEAD_METRICS = {"affinities": "dice", "boundary": "dice", "distance": "mae", "lsd": "mae"}
 
 
@@ -34,16 +35,21 @@ def logged_names(config: RunConfig) -> list[str]:
 
 
 def check_monitors(config: RunConfig) -> None:
-    """Raise `ConfigError` if a monitored score needs ``training.val_score``, `UnknownNameError` for a metric that the
-    run does not log."""
-    monitors = (("checkpoint", config.checkpoint.monitor), ("early_stopping", config.early_stopping.monitor))
-    for group, monitor in monitors:
+    """Raise `ConfigError` if a monitored score needs ``training.val_score``, or if ``mode`` takes the worst for the
+    best; `UnknownNameError` for a metric that the run does not log."""
+    for group, chosen in (("checkpoint", config.checkpoint), ("early_stopping", config.early_stopping)):
+        monitor = chosen.monitor
         if monitor.startswith("val/") and monitor.endswith("/score") and not config.training.val_score:
             raise ConfigError(
                 f"{group}.monitor is {monitor}, which is computed only with training.val_score=true (it is false); "
                 f"set that, or {group}.monitor=val/dice"
             )
         require_known("metric", [monitor], logged_names(config), f"{group}.monitor")
+        better = "max" if monitor.rsplit("/", 1)[-1] in _HIGH else "min"
+        if chosen.mode != better and monitor not in _NEITHER:
+            raise ConfigError(
+                f"{group}.mode is {chosen.mode}, but the {better}imum of {monitor} is better; set {group}.mode={better}"
+            )
 
 
 def check_monitored_classes(config: RunConfig, crops: Iterable[CropVolume | None]) -> None:

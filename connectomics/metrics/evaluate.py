@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from connectomics.errors import InputError
 from connectomics.metrics.cellmap_metrics import Counts, Pooled, evaluate_instance
-from connectomics.metrics.challenge.results import Panoptic, instance_ratios
+from connectomics.metrics.challenge.results import SCORED, InstanceScore, Panoptic, instance_ratios
 from connectomics.metrics.challenge.rules import DEFAULT_RULES, Rules, get_rules
 from connectomics.metrics.challenge.scoring import score_instance
 
@@ -97,6 +97,18 @@ class InstanceSums(Pooled):
     voi_merge: float = 0.0
     weight: int = 0
 
+    @classmethod
+    def of(cls, score: InstanceScore) -> Self:
+        """Return what pools of one crop, without the usual measures.
+
+        A crop that the challenge drops, for far too many predicted objects, counts as if every true object had been
+        missed. Otherwise noise would score best.
+        """
+        if score.status != SCORED:
+            missed = (score.panoptic or Panoptic()).fn
+            return cls(fn=missed, distance_n=missed)
+        return cls(score.tp, score.fp, score.fn, score.hausdorff_norm_sum, score.n_hausdorff)
+
     @property
     def ratios(self) -> tuple[float, float, float]:
         """Return F1, the mean mapped Hausdorff distance, and the challenge's score of the class."""
@@ -150,7 +162,7 @@ class LabelEvaluation:
         """Return what pools to the score of the class by these rules; None without the instance measures it needs."""
         if rules.is_instance(self.class_name):
             if self.instances is None or rules.by_quality:
-                return self.panoptic if self.instances is not None else None
+                return self.panoptic
             return self.by_rules.get(rules.version, self.instances)
         if rules.by_quality:
             return Panoptic.of_segment(self.counts.tp, self.counts.fp, self.counts.fn)
@@ -192,13 +204,12 @@ def evaluate_label(
     usual = evaluate_instance(pred, gt, known)
     a, b = np.asarray(pred), np.asarray(gt)
     if known is not None:
-        mask = np.asarray(known).astype(bool, copy=False)
-        a, b = np.where(mask, a, np.zeros((), a.dtype)), np.where(mask, b, np.zeros((), b.dtype))
+        a, b = (np.where(known, values, np.zeros((), values.dtype)) for values in (a, b))
     score = score_instance(a, b, voxel_size, rules, workers=workers, compare=True)
     weight = counts.tp + counts.fn
-    sums = InstanceSums(
-        score.tp, score.fp, score.fn, score.hausdorff_norm_sum, score.n_hausdorff, usual["rand_error"] * weight,
-        usual["voi_split"] * weight, usual["voi_merge"] * weight, weight,
+    sums = replace(
+        InstanceSums.of(score), rand_error=usual["rand_error"] * weight, voi_split=usual["voi_split"] * weight,
+        voi_merge=usual["voi_merge"] * weight, weight=weight,
     )  # fmt: skip
     by_rules = {version: replace(sums, distance_sum=total) for version, total in score.sums.items()}
     return LabelEvaluation(dataset, crop, class_name, counts, sums, score.panoptic, by_rules)

@@ -23,6 +23,7 @@ from connectomics.io.write import write_file
 from connectomics.pipeline.data_facts import DataFacts, data_facts
 from connectomics.pipeline.file_templates import from_template
 from connectomics.pipeline.plan import MachineFacts, Plan, Plans, hours, machine_facts, propose, write_plans
+from connectomics.pipeline.targets import predicted_classes
 from connectomics.progress import Progress, silent
 
 #: Operations of a training step per forward pass: the backward pass takes twice as many.
@@ -172,13 +173,16 @@ def plan_cost(plan: Plan, table: CropTable, machine: MachineFacts, gpu: TargetGp
 
 
 def _predict_hours(config: RunConfig, table: CropTable, seconds: float) -> float:
-    """Return the hours of predicting a crop table, if a training step takes ``seconds`` for a patch."""
+    """Return the hours of predicting the crops of a table that ask for a class of the network, if a training step takes
+    ``seconds`` for a patch."""
     window, size = config.inference.window or config.data.patch_size, config.dataset.voxel_size
     overlap = overlap_per_axis(config.inference.overlap)
     stride = [max(1.0, n * (1 - share)) * s for n, share, s in zip(window, overlap, size, strict=True)]
-    windows = 0
-    for box in table.boxes().values():
-        windows += math.prod(math.ceil(e / step) for e, step in zip(box.extent, stride, strict=True))
+    asked = CropTable(tuple(row for row in table if row.class_name in predicted_classes(config)))
+    windows = sum(
+        math.prod(math.ceil(e / step) for e, step in zip(box.extent, stride, strict=True))
+        for box in asked.boxes().values()
+    )
     passes = windows * len(symmetries(config.inference.tta)) * math.prod(window) / math.prod(config.data.patch_size)
     return passes * seconds / _PASSES / 3600
 

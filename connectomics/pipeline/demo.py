@@ -66,7 +66,8 @@ class Demo:
         from connectomics.pipeline.report import report
         from connectomics.pipeline.train import train
 
-        out, selected = self.out, CropTable.load(self.table).select(classes=self.config.dataset.classes)
+        out, classes = self.out, self.config.dataset.classes
+        selected = CropTable(tuple(entry for entry in CropTable.load(self.table) if entry.class_name in classes))
         selected.save(out / "crops.csv")
         with self.stage("training", self.timings, "training"):
             run = train(self.config, out / "run")
@@ -104,10 +105,7 @@ class Demo:
         if packed.has_errors:
             raise InputError(f"the portal would refuse the submission {submission}: {packed.summary()}")
         with self.stage(f"scoring {submission}", self.timings, f"scoring {folder.name}"):
-            scores = score(
-                submission, self.truth, out=folder, crops=table, classes=self.config.dataset.classes,
-                rules=self.config.score.rules,
-            )  # fmt: skip
+            scores = score(submission, self.truth, out=folder, crops=table, rules=self.config.score.rules)
         assert scores.result is not None
         return scores.result
 

@@ -6,42 +6,51 @@ copied) with a crop table and ground truth in the challenge's layout, so the lat
 
 from __future__ import annotations
 
+import logging
+import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from connectomics.cellmap.catalog import EM, GROUND_TRUTH, Catalog, Crop, LabelArray
 from connectomics.cellmap.classes import is_instance_class
 from connectomics.cellmap.crop_table import CropTable, TableEntry
+from connectomics.cellmap.summary import label_counts
+from connectomics.data.splits import leaks
 from connectomics.errors import InputError
-from connectomics.geometry import Index, VoxelGrid, slices_of
+from connectomics.geometry import VoxelGrid, slices_of
 from connectomics.io.write import create_array, create_multiscale, ensure_group
 
+log = logging.getLogger(__name__)
+
 _SHARES = (0.6, 0.15, 0.25)  # training, validation, test
-_BLOCK = (256, 256, 256)  # voxels in memory at once
 
 
 def hold_out(dataset: Path, out: Path, classes: Sequence[str]) -> tuple[list[str], list[str]]:
     """Cut every crop of a data set along its longest side and write the parts to the new data root ``out``, with
     ``test_crops.csv`` and ``truth.zarr`` of the test parts; return the keys of the training and the validation crops.
 
-    Part k of crop N (1 training, 2 validation, 3 test) becomes crop ``10 N + k``.
+    Part k of crop N (1 training, 2 validation, 3 test) becomes crop ``10 N + k``. The score leaves out what is unknown
+    in a test part, and classes of which nothing is known there. A crop that overlaps a larger one is left out.
 
     Args:
         dataset: local folder ``{root}/{dataset}``. classes: only these are copied; a crop needs at least one of them.
 
     Raises:
-        InputError: ``out`` exists, or a test part has unknown voxels of a class, which the score cannot handle.
+        InputError: ``out`` exists, or nothing is known in any test part.
     """
     if out.exists():
         raise InputError(f"{out} exists; delete it or choose another folder")
-    crops = Catalog.open(str(dataset.parent)).crops([dataset.name], None, classes)
+    found, crops = Catalog.open(str(dataset.parent)).crops([dataset.name], None, classes), list[Crop]()
+    for crop in sorted(found, key=lambda crop: -math.prod(crop.box.extent)):
+        if pairs := leaks(crops, [crop]):  # a part for training could lie in the test part of another crop
+            log.warning("%s overlaps %s and is left out", crop.key, pairs[0][0].key)
+        else:
+            crops.append(crop)
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -71,8 +80,13 @@ def _write(dataset: str, crops: Sequence[Crop], out: Path, classes: Sequence[str
                 if part < 3:
                     _copy(crop.labels[name], grid, zarr / GROUND_TRUTH / f"crop{number + part}" / name)
                 else:
-                    entries.append(TableEntry(number + part, dataset, name, grid))
-                    _copy_truth(crop.labels[name], entries[-1], out / "truth.zarr" / f"crop{number + part}" / name)
+                    entry = TableEntry(number + part, dataset, name, grid)
+                    if _copy_truth(crop.labels[name], entry, out / "truth.zarr" / f"crop{number + part}" / name):
+                        entries.append(entry)
+    if not entries:
+        raise InputError(
+            f"nothing is known of {', '.join(classes)} in the test parts, the last quarter of each crop; annotate more"
+        )
     CropTable(tuple(entries)).save(out / "test_crops.csv")
     return written
 
@@ -92,45 +106,40 @@ def _parts(crop: Crop, label: LabelArray) -> list[VoxelGrid]:
 
 
 def _copy(label: LabelArray, part: VoxelGrid, location: Path) -> None:
-    counts = {"absent": 0, "unknown": 0}
-    for _, values in _blocks(label, part):
-        present, known = label.annotation.decode(values)
-        counts["absent"] += int((known & ~present).sum())
-        counts["unknown"] += int((~known).sum())
+    counts = label_counts(label, part)
+    counts.pop("present")
     attrs = replace(label.annotation, counts=counts).to_attrs()
     ensure_group(location.parent)
     (writer,) = create_multiscale(location, [part], label.source.levels[0].dtype, attrs=attrs)
-    for begin, values in _blocks(label, part):
-        writer.write(begin, values)
+    for block in label.blocks(part):
+        writer.write(block.begin, block.stored)
 
 
-def _copy_truth(label: LabelArray, entry: TableEntry, location: Path) -> None:
-    """Write a test part in the scorer's layout.
+def _copy_truth(label: LabelArray, entry: TableEntry, location: Path) -> bool:
+    """Write a test part in the scorer's layout, with a mask if something is unknown; return whether anything is known.
 
     If a class is scored by instances but was annotated as a mask, its 26-connected components are the instances; mask
     and IDs of the part are then held in memory.
     """
+    counts = label_counts(label, entry.grid)
+    if counts["unknown"] == entry.grid.size:
+        return False
     split = is_instance_class(entry.class_name) and label.annotation.kind == "semantic"
     attrs = {"voxel_size": list(entry.grid.voxel_size), "translation": list(entry.grid.translation)}
     ensure_group(location.parent)
     dtype = np.dtype(np.uint32) if split else label.source.levels[0].dtype
     writer = create_array(location, entry.grid.shape, dtype, attrs=attrs)
+    scored = create_array(f"{location}_mask", entry.grid.shape, np.uint8, attrs=attrs) if counts["unknown"] else None
     mask = np.zeros(entry.grid.shape if split else (0, 0, 0), bool)
-    for begin, values in _blocks(label, entry.grid):
-        present, known = label.annotation.decode(values)
-        if not known.all():
-            raise InputError(f"{label.location}: the test part has unknown voxels; leave this class out")
+    for begin, block, stored, present, known in label.blocks(entry.grid):
+        if scored is not None:
+            scored.write(begin, known.astype(np.uint8))
         if split:
-            mask[slices_of(begin, values.shape)] = present
+            mask[slices_of(begin, block.shape)] = present
         else:
-            writer.write(begin, np.where(present, values, 0).astype(values.dtype))
+            writer.write(begin, np.where(present, stored, 0).astype(stored.dtype))
     if split:
         import cc3d
 
         writer.write((0, 0, 0), cc3d.connected_components(mask, connectivity=26).astype(np.uint32))
-
-
-def _blocks(label: LabelArray, part: VoxelGrid) -> Iterator[tuple[Index, NDArray[Any]]]:
-    """Yield the stored values of a part of the label's grid: (begin in the part, values)."""
-    for begin, block in part.blocks(_BLOCK):
-        yield begin, label.read_stored(np.round(label.grid.to_index(block.translation)).astype(int), block.shape)
+    return True

@@ -32,7 +32,7 @@ from connectomics.data.candidates import (
     has_content,
 )
 from connectomics.data.run_split import half_patch
-from connectomics.data.splits import Split, select_entries
+from connectomics.data.splits import Split, entry_of, select_entries, trained_and_kept_out
 from connectomics.decoding.parameters import decode_parameters
 from connectomics.errors import InputError, WriteError, number_of, unknown_name
 from connectomics.geometry import Index, VoxelGrid, index
@@ -199,13 +199,13 @@ class Search:
             raise InputError(f"all data sets of {data.data_root} are held out; there is nothing to choose from")
         return areas
 
-    def _splits(self) -> list[Split]:
-        """The splits of the networks, as far as they are known."""
-        return [split for path in self.paths if (split := split_of(path))]
+    def _splits(self) -> dict[str, Split]:
+        """The splits of the networks by path, as far as they are known."""
+        return {str(path): split for path in self.paths if (split := split_of(path))}
 
     def _validation(self, crops: Sequence[Crop]) -> list[Crop]:
         keys = {crop.key for crop in crops}
-        return [held for split in self._splits() for held in select_entries(split.within(keys).val, crops)]
+        return [held for split in self._splits().values() for held in select_entries(split.within(keys).val, crops)]
 
     def candidates(self, areas: Sequence[Area], most: int, rng: np.random.Generator) -> list[Placed]:
         """Return the candidates of all areas; raises `InputError` if there are none."""
@@ -242,12 +242,7 @@ class Search:
             pool = self._observed(pool, areas, flat, rng, progress)
             found = choose_uncertain(pool, budget)
         if len(found) < budget:
-            log.warning(
-                "asked for %s, but only %d %s free",
-                number_of(budget, "box"),
-                len(found),
-                "is" if len(found) == 1 else "are",
-            )
+            log.warning("asked for %s, but only %d could be placed", number_of(budget, "box"), len(found))
         decoding = self.config.decoding
         parameters = decode_parameters(self.classes, decoding.default, decoding.classes)
         kinds = {name: parameters[name].kind for name in self.classes}
@@ -338,8 +333,11 @@ class Search:
         files.write_table(folder / files.TABLE, found)
         if splits := self._splits():
             catalog = Catalog.open(self.config.dataset.data_root)
-            keys = {f"{dataset}/{crop}" for dataset in catalog.datasets for crop in catalog.crop_names(dataset)}
-            splits[0].within(keys).save(folder / files.SPLIT)
+            crops = [catalog.crop(name, crop) for name in catalog.datasets for crop in catalog.crop_names(name)]
+            train, val = (dict.fromkeys(map(entry_of, side)) for side in trained_and_kept_out(crops, splits))
+            if not val:
+                log.warning("no crop was held out by all networks, so %s has no validation crops", files.SPLIT)
+            Split(tuple(train), tuple(val)).save(folder / files.SPLIT)
 
     def _raw(self, proposal: Proposal) -> NDArray[Any]:
         source = Multiscale.open(Catalog.open(self.config.dataset.data_root).raw_location(proposal.dataset))

@@ -122,11 +122,12 @@ def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
 
 
 def best_values(run: Run) -> dict[str, float]:
-    """Return the values of all metrics in the validation with the best score; {} if nothing was validated."""
-    for row in metric_rows(run.folder / "metrics.csv"):
-        if row.get(run.monitor) and float(row[run.monitor]) == run.best:
-            return {k: float(v) for k, v in row.items() if v}
-    return {}
+    """Return the values of all metrics in the validation with the best score, or in the last one if the weights of the
+    best were not kept; {} if nothing was validated."""
+    rows = [row for row in metric_rows(run.folder / "metrics.csv") if row.get(run.monitor)]
+    best = [row for row in rows if float(row[run.monitor]) == run.best]
+    chosen = next(iter(best if run.best_checkpoint else rows[::-1]), {})
+    return {k: float(v) for k, v in chosen.items() if v}
 
 
 def _folders(place: Path, deep: int) -> Iterator[Path]:

@@ -16,7 +16,7 @@ from connectomics.cellmap.crop_table import CropTable
 from connectomics.config.schema import RunConfig
 from connectomics.data.normalization import for_prediction
 from connectomics.data.run_split import run_crops
-from connectomics.data.splits import kept_out, parse_entry
+from connectomics.data.splits import parse_entry, trained_and_kept_out
 from connectomics.errors import ConfigError, InputError, MissingError, first_of, number_of
 from connectomics.geometry import Box, Triple, VoxelGrid
 from connectomics.io import store
@@ -27,6 +27,7 @@ from connectomics.lightning.model_package import split_of
 
 log = logging.getLogger(__name__)
 
+_BOX = "box_"  # begins the names of boxes
 _ADVICE = "do not evaluate or tune on training data; --crops val predicts the others"
 
 
@@ -102,7 +103,7 @@ def kept_out_targets(config: RunConfig, checkpoints: Sequence[str | Path]) -> li
                 "that it was not trained on yourself: dataset.crops=[...]"
             )
         splits[str(path)] = split
-    kept = kept_out(run_crops(config), splits)
+    _, kept = trained_and_kept_out(run_crops(config), splits)
     if not kept:
         raise InputError(
             f"no crop of {config.dataset.data_root} was kept out of the training of "
@@ -138,7 +139,7 @@ def box_target(config: RunConfig, text: str) -> Target:
         dataset, box = text, Multiscale.open(Catalog.open(config.dataset.data_root).raw_location(text)).grid.box
     grid = VoxelGrid.covering(box, config.dataset.voxel_size)
     # exact numbers, or two boxes could share a name
-    name = "box_" + "_".join(str(int(v)) if v.is_integer() else repr(v) for v in (*box.begin, *box.end))
+    name = _BOX + "_".join(str(int(v)) if v.is_integer() else repr(v) for v in (*box.begin, *box.end))
     return Target(dataset, name, dict.fromkeys(predicted_classes(config), grid))
 
 
@@ -150,25 +151,31 @@ def chosen_targets(
         raise ConfigError("--crops and --box exclude each other; give one of them")
     if crops == "val":
         return kept_out_targets(config, checkpoints), None
-    table = CropTable.of_root(config.dataset.data_root) if crops == "test" else None
-    if table is None and crops is not None:
-        table = CropTable.resolve(crops)
-    return targets_of(config, crop_table=table, box=box), table
+    if crops is None:
+        return targets_of(config, box=box), None
+    table = CropTable.of_root(config.dataset.data_root) if crops == "test" else CropTable.resolve(crops)
+    return targets_of(config, crop_table=table), table
 
 
 def with_trained(
     targets: Sequence[Target] | None, config: RunConfig, checkpoints: Sequence[str | Path], advice: str = _ADVICE
 ) -> list[Target]:
     """Return targets (None: those of the configuration) that say whether a network was trained on a part of them, as
-    far as its run (``split.yaml``) or its package says so. Warn of these."""
-    seen = [parse_entry(entry) for path in checkpoints if (split := split_of(path)) for entry in split.all_trained]
+    far as its run (``split.yaml``) or its package says so. Warn of these. They may overlap a training crop of another
+    name. Boxes of ``--box`` are not checked: they have no ground truth."""
+    seen = {parse_entry(entry) for path in checkpoints if (split := split_of(path)) for entry in split.all_trained}
+    chosen, catalog = targets_of(config) if targets is None else targets, Catalog.open(config.dataset.data_root)
+    parts: dict[str, list[Box]] = {target.dataset: [] for target in chosen if not target.name.startswith(_BOX)}
+    for key, region in seen:
+        dataset, _, crop = key.partition("/")
+        if dataset in parts and (region or crop in catalog.crop_names(dataset)):
+            parts[dataset].append(region or catalog.crop(dataset, crop).box)
     found = []
-    for target in targets_of(config) if targets is None else targets:
+    for target in chosen:
         # without the outer half of voxels, which may touch a region
         boxes = [grid.box.grow(-0.5 * np.asarray(grid.voxel_size)) for grid in target.grids.values()]
-        regions = [region for key, region in seen if key == target.key]
-        trained = any(r is None or any(not r.intersect(box).is_empty for box in boxes) for r in regions)
-        found.append(replace(target, seen_in_training=trained))
+        overlaps = (not part.intersect(box).is_empty for part in parts.get(target.dataset, ()) for box in boxes)
+        found.append(replace(target, seen_in_training=(target.key, None) in seen or any(overlaps)))
     name_trained(((target.key, target.seen_in_training) for target in found), advice)
     return found
 

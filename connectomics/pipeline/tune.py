@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import sqlite3
 import time
+import zlib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -98,7 +99,7 @@ def tune(
     Raises:
         MissingError: Optuna is needed but not installed; no predictions; no ground truth.
         UnknownNameError: no prediction of a class.
-        InputError: wrong numbers, or the trials in ``out`` belong to other data.
+        InputError: wrong numbers, or the trials in ``out`` belong to other data, also to labels that have changed.
     """
     if trials < 1 or (seconds is not None and not seconds > 0):
         raise InputError(f"tuning needs at least one trial and a positive time, got {trials} and {seconds} s")
@@ -301,7 +302,7 @@ def _study(optuna: Any, predictions: list[_Prediction], volumes: list[Volume], s
         "base": plain(search.base),
         "crops": {key: p.source.attrs["connectomics"] for key, p in about.items()},
         "walls": {key: p.boundary.attrs["connectomics"] for key, p in about.items() if p.boundary is not None},
-        "known": [[int(v.known.sum()), int((v.truth != 0).sum())] for v in volumes],
+        "labels": [zlib.crc32(np.ascontiguousarray(a).data) for v in volumes for a in (v.known, v.truth)],
     }
     if heads := {key: p.head.source.attrs["connectomics"] for key, p in about.items() if p.head is not None}:
         made_from["heads"] = heads
@@ -312,7 +313,7 @@ def _study(optuna: Any, predictions: list[_Prediction], volumes: list[Volume], s
         study.set_user_attr("made_from", made_from)
     elif there != made_from:
         raise InputError(
-            f"{file} holds trials of {search.name} on other predictions, crops, base parameters or rules; "
+            f"{file} holds trials of {search.name} on other predictions, labels, crops, base parameters or rules; "
             "give another --out, or remove that file"
         )
     study.sampler = optuna.samplers.TPESampler(seed=search.seed + len(study.trials))  # not the first points again

@@ -82,7 +82,7 @@ def tuned_scores(folder: Path) -> dict[str, ClassScore]:
 
 
 def run_scores(run: Run) -> dict[str, ClassScore]:
-    """Return the validation Dice of each class of a run, at the epoch of its best checkpoint."""
+    """Return the validation Dice of each class of a run, with the weights that `Run.checkpoint` is."""
     values, split = best_values(run), run.folder / "split.yaml"
     crops = Split.load(split).val if split.is_file() else ()
     return {

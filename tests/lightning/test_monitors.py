@@ -51,6 +51,24 @@ def test_an_unknown_name_is_refused_before_training(group: str, monitor: str, ne
 
 
 @pytest.mark.parametrize("group", ["checkpoint", "early_stopping"])
+@pytest.mark.parametrize(
+    ("monitor", "wrong"), [("train/loss", "max"), ("val/mito/distance/mae", "max"), ("val/dice", "min")]
+)
+def test_the_wrong_end_of_a_metric_is_refused_before_training(
+    group: str, monitor: str, wrong: str, tmp_path: Path
+) -> None:
+    """The worst state would be kept as the best one."""
+    config = head_config("distance")
+    for key, value in (("monitor", monitor), ("mode", wrong)):
+        setattr(getattr(config, group), key, value)
+    with pytest.raises(
+        ConfigError, match=rf"{group}\.mode is {wrong}, but the m..imum of {monitor} is better; set {group}\.mode="
+    ):
+        train(config, tmp_path / "run", datamodule=HeadData(patches=2))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("group", ["checkpoint", "early_stopping"])
 def test_a_class_that_the_validation_crops_do_not_hold_is_refused_before_training(group: str, tmp_path: Path) -> None:
     config = tiny_config(**{f"{group}__monitor": "val/er/dice"})
     data = MadeUpData(patches=2)

@@ -236,6 +236,25 @@ def test_totals_are_those_of_the_pooled_classes_with_intervals_over_crops() -> N
     )
 
 
+def test_a_crop_of_far_too_many_objects_counts_as_missed() -> None:
+    """The challenge drops such a crop; a class without any other crop would have a perfect score."""
+    gt = np.zeros((16, 32, 32), np.uint8)
+    gt[4:12, 4:12, 4:12], gt[4:12, 20:28, 4:12] = 1, 2
+    noise = np.zeros(gt.shape, np.uint16)
+    noise[::2, ::2, ::2] = np.arange(1, 2049).reshape(8, 16, 16)
+    good, bad = (
+        evaluate_label(pred, gt, voxel_size=(8, 8, 8), dataset="a", crop=crop, class_name="mito")
+        for crop, pred in (("crop1", gt), ("crop2", noise))
+    )
+    assert good is not None
+    assert bad is not None
+    (row,) = summarize([bad])
+    assert (row["instances_fn"], row["f1"], row["score"]) == (2, 0.0, 0.0)
+    assert totals([bad], rules="2026-07-affine")["instance"] == 0.0
+    (row,) = summarize([good, bad])
+    assert (row["f1"], row["normalized_hausdorff_distance"]) == (pytest.approx(2 / 3), 0.5)
+
+
 def test_totals_where_a_kind_is_not_there() -> None:
     only = totals(evaluated(2, {"er": None}, crops=1))
     assert (only["instance"], only["overall"]) == (None, None)

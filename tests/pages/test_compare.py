@@ -77,6 +77,28 @@ def test_scores_of_submissions_are_set_side_by_side(made: Made, tmp_path: Path) 
     assert "Challenge score by class" in page.text
 
 
+@pytest.mark.parametrize("what", ["rules", "crops"])
+def test_scores_of_other_rules_or_crops_have_no_best(made: Made, tmp_path: Path, what: str) -> None:
+    scores = json.loads((made.root / "scores/scores.json").read_text())
+    scores["overall_score"] = 0.123
+    runs = [(a_run(tmp_path / name, 0.1, 0.5), tmp_path / f"{name}.json") for name in ("one", "two")]
+    runs[0][1].write_text((made.root / "scores/scores.json").read_text())
+    runs[1][1].write_text(json.dumps(scores))
+    best = r'<td class="[^"]*mean[^"]*">'
+    note = "The scores are not of the same crops and classes by the same rules, so none is called the best."
+    body = compare.section(runs)
+    assert note not in body
+    assert re.search(best, body)
+    if what == "rules":
+        scores["rules"] = "2026-07-affine"
+    else:
+        del scores["crop9"]
+    runs[1][1].write_text(json.dumps(scores))
+    body = compare.section(runs)
+    assert note in body
+    assert not re.search(best, body)
+
+
 @pytest.mark.parametrize("file", ["config.yaml", "metrics.csv", "timing.json"])
 def test_a_broken_file_of_one_run_is_one_line_and_the_rest_stands(tmp_path: Path, file: str) -> None:
     runs = [a_run(tmp_path / name, 0.1, 0.5) for name in ("one", "two")]

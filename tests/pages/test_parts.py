@@ -11,14 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from connectomics.cellmap.catalog import Catalog
 from connectomics.cellmap.crop_table import CropTable, TableEntry
 from connectomics.config import load_config
 from connectomics.errors import MetadataError
 from connectomics.inference.artifact import save_cellmap_predictions
 from connectomics.io.artifacts import about
 from connectomics.io.write import update_attrs
+from connectomics.metrics.challenge.results import TOO_MANY, InstanceScore
 from connectomics.pages import charts, page
-from connectomics.pages.report import run_folder, scores, training
+from connectomics.pages.report import data_summary, run_folder, scores, training
 from connectomics.pages.report.crops import choose, extremes, ranked
 from connectomics.pages.report.library import Wanted
 from connectomics.pages.report.scores import Scores
@@ -303,6 +305,12 @@ def test_intervals_are_of_the_pooled_score_over_crops(made: Made) -> None:
         assert (low, high) == pytest.approx((min(alone), max(alone)))  # a draw of two crops may take either twice
     one = dataclasses.replace(table, results=tuple(r for r in table.results if r.crop == "crop7"))
     assert scores.class_intervals(one) == {}
+    dropped = InstanceScore(0, 0, 0, 0.0, 0, TOO_MANY, "2026-06", True)
+    (mito,) = (r for r in one.results if r.class_name == "mito")
+    crops = tuple(dataclasses.replace(mito, crop=name) for name in ("crop8", "crop9"))
+    crops += (dataclasses.replace(mito, crop="crop10", score=dropped),)
+    low, high = scores.class_intervals(dataclasses.replace(table, results=crops))["mito"]
+    assert low == high == scores.rank_value(mito) < 1  # a crop that does not count is not drawn
 
 
 def test_the_worst_and_the_best_share_nothing(made: Made) -> None:
@@ -323,3 +331,20 @@ def test_a_quarter_of_the_pictures_is_for_the_best() -> None:
     assert choose(crops, 4, best) & set(best) == {best[0]}
     assert len(choose(crops, 4, best)) == 4
     assert choose(crops, 3, best) & set(best) == set()
+
+
+def test_a_class_without_all_counts_has_no_shares(tmp_path: Path) -> None:
+    """Nothing says how many voxels of the second array are unknown; they are not present for that."""
+    root, grid = tmp_path / "root", grid_of((4, 4, 4))
+    write_raw(root, "set-a", np.zeros(grid.shape, np.uint8), grid)
+    values = np.zeros(grid.shape, np.uint8)
+    values[:2], values[3] = 255, 1
+    write_label(root, "set-a", "crop1", "mito", values, grid, unknown=255)
+    crop = Catalog.open(str(root)).crop("set-a", "crop1")
+    expected = (0.25, 0.25, 0.5)
+    assert data_summary._states([crop], 10)[0]["mito"].shares == expected
+    write_label(root, "set-a", "crop2", "mito", values, grid, unknown=255, counts={"absent": 16})
+    crops = [Catalog.open(str(root)).crop("set-a", name) for name in ("crop1", "crop2")]
+    state = data_summary._states(crops, 10)[0]["mito"]
+    assert (state.arrays, state.shares) == (2, expected)
+    assert data_summary._states(crops[1:], 10)[0]["mito"].shares == (None, None, None)

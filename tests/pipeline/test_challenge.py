@@ -123,6 +123,8 @@ def test_hours_of_a_given_gpu_follow_from_the_operations(phantom: Path, tmp_path
     assert measured.train_hours == hours(plan)
     assert "measured on" in measured.by
     assert measured.flops == cost.flops
+    other_class = replace(table.entries[0], crop=9999, class_name="nuc")  # this network is not asked for that crop
+    assert plan_cost(plan, CropTable((*table, other_class)), one.plans.machine) == measured
     with pytest.raises(InputError, match="remote ROOT"):
         plan_challenge(str(phantom), out=tmp_path / "c", data_root="data", trial=False)
     with pytest.raises(InputError, match="together"):

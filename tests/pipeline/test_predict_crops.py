@@ -27,7 +27,7 @@ from connectomics.pipeline.decode import decode
 from connectomics.pipeline.evaluate import evaluate
 from connectomics.pipeline.package import write_package
 from connectomics.pipeline.predict import predict_cellmap_crops
-from connectomics.pipeline.targets import Target, chosen_targets, targets_of
+from connectomics.pipeline.targets import Target, chosen_targets, targets_of, with_trained
 from connectomics.pipeline.tune import tune
 from tests.cellmap.roots import grid_of, write_label, write_raw
 
@@ -337,7 +337,7 @@ def test_crops_that_a_network_was_trained_on_are_named(root, tmp_path, caplog):
     run = tmp_path / "run/checkpoints"
     run.mkdir(parents=True)
     place = save_checkpoint(run / "last.ckpt", config_of(root), 0)
-    Split(("set-a/crop1:64,64,64:100,160,224",), ("set-a/crop2",)).save(tmp_path / "run/split.yaml")
+    Split(("set-a/crop1:100,64,64:160,160,224",), ("set-a/crop2",)).save(tmp_path / "run/split.yaml")
     folders = predict(root, place, tmp_path / "out")
     assert warning in caplog.text
     shutil.rmtree(tmp_path / "run")
@@ -349,6 +349,23 @@ def test_crops_that_a_network_was_trained_on_are_named(root, tmp_path, caplog):
     caplog.clear()
     evaluate(labels, root, samples=10, crops=["2"])
     assert caplog.text == ""
+
+
+def test_a_crop_that_overlaps_a_training_crop_is_named(root, tmp_path, caplog):
+    """It is in no list of the split, but a corner of it was trained on under another name. One that only touches the
+    box of a training crop was not."""
+    near = shutil.copytree(root, tmp_path / "root")
+    write_label(near, "set-a", "crop5", "er", np.zeros((8, 4, 4), np.uint8), grid_of((8, 4, 4), 8, 160))
+    run = tmp_path / "run/checkpoints"
+    run.mkdir(parents=True)
+    config = config_of(near, crops=["crop2", "crop5"])
+    place = save_checkpoint(run / "last.ckpt", config, 0)
+    for train, seen in (("set-a/crop1", True), ("set-a/crop1:100,64,64:160,160,224", False)):
+        Split((train,), ("set-a/crop5",)).save(tmp_path / "run/split.yaml")
+        caplog.clear()
+        found = {target.key: target.seen_in_training for target in with_trained(None, config, [place])}
+        assert found == {"set-a/crop2": seen, "set-a/crop5": False}
+        assert ("1 of 2 crops was used for training (set-a/crop2)" in caplog.text) == seen
 
 
 def test_a_package_knows_what_its_network_was_trained_on(root, tmp_path, caplog):

@@ -281,6 +281,27 @@ def mito_above_er(box: Proposal) -> dict[str, np.ndarray]:
     return labels
 
 
+def test_an_ensemble_keeps_for_validation_what_none_of_its_networks_saw(
+    run: Path, root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever the order of the networks: a crop that one of them was trained on does not validate the next round."""
+    (held,) = Split.load(run / "split.yaml").val
+    keys = [crop.key for crop in Catalog.open(str(root)).crops()]
+    other = next(key for key in keys if key != held)
+    options: dict[str, Any] = {"budget": 1, "size": SIZE, "method": "even", "candidates": 2, "device": "cpu"}
+    for number, val in enumerate(((held, other), (other,))):
+        second = Path(shutil.copytree(run, tmp_path / f"second{number}"))
+        save_checkpoint(second / "checkpoints/best.ckpt", cx.load_config(run / "config.yaml"), 1)
+        Split(tuple(key for key in keys if key not in val), val).save(second / "split.yaml")
+        networks = [folder / "checkpoints/best.ckpt" for folder in (second, run)]
+        caplog.clear()
+        cx.propose(networks, root, out=tmp_path / f"out{number}", **options)
+        split = Split.load(tmp_path / f"out{number}/split.yaml")
+        assert split.val == ((held,) if held in val else ())
+        assert set(split.train) == set(keys) - set(split.val)
+        assert ("no crop was held out by all networks" in caplog.text) == (held not in val)
+
+
 def test_a_label_map_of_classes_that_do_not_overlap(root: Path, tmp_path: Path) -> None:
     one = small_box(root, 4, "crop900", {"mito": "semantic", "er": "semantic"})
     dataset, grid, labels = one.dataset, one.grid, mito_above_er(one)

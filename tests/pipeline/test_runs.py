@@ -15,6 +15,7 @@ from connectomics.errors import InputError, MetadataError, MissingError
 from connectomics.lightning.run_state import git_state, save_environment
 from connectomics.pipeline.runs import differences, find_runs, open_run
 from connectomics.pipeline.train import train
+from connectomics.pipeline.tune_results import run_scores
 from tests.lightning.synthetic_run import MadeUpData, tiny_config
 
 
@@ -67,6 +68,19 @@ def test_runs_are_found_with_their_scores(folder: Path) -> None:
     assert apart["optimizer.lr"] == [0.01, 0.02]
     assert apart["training.max_epochs"] == [1, 2]
     assert "model.architecture" not in apart
+
+
+def test_scores_of_a_run_are_those_of_its_weights(tmp_path: Path) -> None:
+    """Without a best checkpoint these are the last ones."""
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.yaml").write_text("dataset: {classes: [mito]}\n")
+    rows = ["epoch,step,val/dice,val/mito/dice", "0,4,0.6,0.5", "1,9,0.8,0.7", "2,14,0.4,0.3"]
+    (tmp_path / "metrics.csv").write_text("\n".join(rows) + "\n")
+    for name, expected in (("last.ckpt", 0.3), ("best.ckpt", 0.7)):
+        (tmp_path / "checkpoints" / name).touch()
+        run = open_run(tmp_path)
+        assert run.checkpoint == tmp_path / "checkpoints" / name
+        assert run_scores(run)["mito"].score == expected
 
 
 def test_the_log_of_a_run_is_in_its_folder(tmp_path: Path) -> None:

@@ -153,8 +153,22 @@ def test_a_search_goes_on_without_trials_twice(made: Path, tuned: dict[str, Tune
     assert [t["number"] for t in more.trials] == list(range(6))
     assert sum(t["base"] for t in more.trials) == 1
     assert more.best_score >= first.best_score >= first.base_score
-    with pytest.raises(InputError, match="other predictions, crops, base parameters or rules"):
+    with pytest.raises(InputError, match="other predictions, labels, crops, base parameters or rules"):
         tune(*arguments, trials=3, classes=["mito"])
+
+
+def test_trials_on_labels_that_were_corrected_are_not_continued(made: Path, tmp_path: Path) -> None:
+    """Objects that were merged: as many present and known voxels as before, but other scores."""
+    root = shutil.copytree(made / "root", tmp_path / "root")
+    arguments = (made / "predictions", str(root), tmp_path / "out")
+    tune(*arguments, trials=2, classes=["mito"])
+    ids = balls()
+    merged = np.where(ids > 0, (ids + 1) // 2, 0).astype(np.uint8)
+    merged[:, :, 30:] = UNKNOWN
+    shutil.rmtree(next(root.rglob("crop1/mito")))
+    write_label(root, "set-a", "crop1", "mito", merged, grid_of(SHAPE), unknown=UNKNOWN, kind="instance")
+    with pytest.raises(InputError, match="holds trials of mito on other predictions, labels, crops"):
+        tune(*arguments, trials=2, classes=["mito"])
 
 
 def test_time_ends_a_search_but_the_base_is_tried(made: Path, tmp_path: Path) -> None:

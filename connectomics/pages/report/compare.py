@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from connectomics.errors import ConnectomicsError
 from connectomics.pages import charts, page
 from connectomics.pages.report import run_folder
 from connectomics.pages.report.run_folder import Columns, by_epoch
-from connectomics.pages.report.scores import Scores, optional
+from connectomics.pages.report.scores import Scores, class_score
 
 _MOST_CLASSES = 60
 _MOST_LETTERS = 200  # of a value in the table of differences
@@ -65,9 +66,11 @@ def section(runs: Sequence[tuple[Path, Path | None]]) -> Markup:
     loaded = [Compared.load(name, run, scores) for name, (run, scores) in zip(names, runs, strict=True)]
     configured = [run for run in loaded if run.config]
     keys = list(dict.fromkeys(key for run in configured for key in run.config))
+    scored = [run.scores for run in loaded if run.scores is not None]
+    alike = len({(found.rules, frozenset((r.crop, r.class_name) for r in found.results)) for found in scored}) < 2
     return page.render(
-        "report/compare", runs=loaded, names=names, summary=_summary(loaded),
-        charts=_charts(loaded), tables=_class_tables(loaded), most_classes=_MOST_CLASSES,
+        "report/compare", runs=loaded, names=names, alike=alike, summary=_summary(loaded, alike),
+        charts=_charts(loaded), tables=_class_tables(loaded, alike), most_classes=_MOST_CLASSES,
         configured=configured, differences=_differences(configured, keys), n_keys=len(keys),
     )  # fmt: skip
 
@@ -82,42 +85,48 @@ def short_names(runs: Sequence[Path]) -> list[str]:
     return [f"{name} ({k})" for k, name in enumerate(names, start=1)]
 
 
-def _summary(runs: Sequence[Compared]) -> list[tuple[str, list[tuple[str, bool]]]]:
-    """Return rows of (name, a cell for each run): text, and whether it is the best of several values."""
+def _summary(runs: Sequence[Compared], alike: bool) -> list[tuple[str, list[tuple[str, bool]]]]:
+    """Return rows of (name, a cell for each run): text, and whether it is the best of several values.
 
-    def row_of(
-        values: Sequence[float | None], text: Callable[[float], str], highest: bool = False
-    ) -> list[tuple[str, bool]]:
-        there = [v for v in values if v is not None]
-        best = max(there) if highest and len(set(there)) > 1 else None
-        cells = [("–" if v is None else text(v), v is not None and v == best) for v in values]
-        return cells if there else []
+    ``alike``: whether the challenge's scores are of the same crops and classes by the same rules."""
 
     def column(name: str, pick: Callable[[list[float]], float]) -> list[float | None]:
         return [pick(values) if (values := run.values(name)) else None for run in runs]
 
+    def timed(key: str) -> list[float | None]:
+        return [run_folder.numbers(run.timing).get(key) for run in runs]
+
     def most(key: str) -> list[float | None]:
         return [max((v for _, v in by_epoch(run.timing, key)), default=None) for run in runs]
 
-    rows = {
-        f"{kind} score": row_of([getattr(run.scores, kind, None) for run in runs], page.score, True)
-        for kind in ("overall", "instance", "semantic")
-    }
-    rows["best validation score"] = row_of(column("val/score", max), page.score, True)
-    rows["best validation Dice"] = row_of(column("val/dice", max), page.score, True)
-    rows["last validation Dice"] = row_of(column("val/dice", lambda values: values[-1]), page.score, True)
-    rows["last training loss"] = row_of(column("train/loss", lambda values: values[-1]), lambda v: f"{v:.4g}")
-    timed: tuple[tuple[str, str, Callable[[float], str]], ...] = (
-        ("epochs", "epochs", page.count),
-        ("patches", "samples", page.count),
-        ("training time", "total_s", page.seconds),
-        ("patches a second", "samples_per_s", lambda v: f"{v:.3g}"),
-    )
-    for name, key, text in timed:
-        rows[name] = row_of([run_folder.numbers(run.timing).get(key) for run in runs], text)
-    rows |= {"most memory": row_of(most("memory_bytes"), page.size)}
-    rows |= {"most GPU memory": row_of(most("gpu_memory_bytes"), page.size)}
-    return [(name, cells) for name, cells in rows.items() if cells]
+    last = operator.itemgetter(-1)
+    rows: list[tuple[str, list[float | None], Callable[[float], str], bool]] = [
+        *(
+            (f"{kind} score", [getattr(run.scores, kind, None) for run in runs], page.score, alike)
+            for kind in ("overall", "instance", "semantic")
+        ),
+        ("best validation score", column("val/score", max), page.score, True),
+        ("best validation Dice", column("val/dice", max), page.score, True),
+        ("last validation Dice", column("val/dice", last), page.score, True),
+        ("last training loss", column("train/loss", last), "{:.4g}".format, False),
+        ("epochs", timed("epochs"), page.count, False),
+        ("patches", timed("samples"), page.count, False),
+        ("training time", timed("total_s"), page.seconds, False),
+        ("patches a second", timed("samples_per_s"), "{:.3g}".format, False),
+        ("most memory", most("memory_bytes"), page.size, False),
+        ("most GPU memory", most("gpu_memory_bytes"), page.size, False),
+    ]
+    return [
+        (name, _cells(values, text, ranked))
+        for name, values, text, ranked in rows
+        if any(v is not None for v in values)
+    ]
+
+
+def _cells(values: Sequence[float | None], text: Callable[[float], str], ranked: bool) -> list[tuple[str, bool]]:
+    there = {v for v in values if v is not None}
+    best = max(there) if ranked and len(there) > 1 else None
+    return [("–" if v is None else text(v), v is not None and v == best) for v in values]
 
 
 def _charts(runs: Sequence[Compared]) -> list[Markup]:
@@ -134,32 +143,30 @@ def _charts(runs: Sequence[Compared]) -> list[Markup]:
     return [chart for chart in made if chart]
 
 
-def _class_tables(runs: Sequence[Compared]) -> list[tuple]:
+def _class_tables(runs: Sequence[Compared], alike: bool) -> list[tuple]:
     """Return (title, classes, values of each run by class, best value by class) of measures that several runs have.
 
-    A class whose values are all the same has no best value.
+    A class whose values are all the same has no best value, nor has a score that is not ``alike`` (as in `_summary`).
     """
     dice = [
         {name: max(run.values(f"val/{name}/dice")) for name in run_folder.class_names(run.columns, "dice")}
         for run in runs
     ]
     tables = []
-    for title, values in (
-        ("Challenge score by class", [_challenge_scores(run) for run in runs]),
-        ("Validation Dice by class, best of each run", dice),
+    for title, values, ranked in (
+        ("Challenge score by class", [_challenge_scores(run) for run in runs], alike),
+        ("Validation Dice by class, best of each run", dice, True),
     ):
         if sum(map(bool, values)) >= 2:
-            by_class: dict[str, list[float]] = {}
-            for name, value in (item for found in values for item in found.items()):
-                by_class.setdefault(name, []).append(value)
-            best = {name: max(there) for name, there in by_class.items() if max(there) > min(there)}
+            by_class = {name: {found[name] for found in values if name in found} for name in set().union(*values)}
+            best = {name: max(there) for name, there in by_class.items() if ranked and len(there) > 1}
             tables.append((title, sorted(by_class), values, best))
     return tables
 
 
 def _challenge_scores(run: Compared) -> dict[str, float]:
     classes = {} if run.scores is None else run.scores.classes
-    values = {n: optional(e.get("score", e.get("combined_score", e.get("iou")))) for n, e in classes.items()}
+    values = {name: class_score(entry) for name, entry in classes.items()}
     return {name: value for name, value in values.items() if value is not None}
 
 

@@ -4,42 +4,39 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
 from connectomics.cellmap.catalog import Catalog, Crop
+from connectomics.data.contents import said_counts
+from connectomics.data.splits import Split
 from connectomics.errors import ConnectomicsError
 from connectomics.pages import page
-from connectomics.pages.report.run_folder import class_names, read_metrics, read_timing, read_yaml
+from connectomics.pages.report.run_folder import class_names, read_metrics, read_timing
 
 _MOST_DATASETS = 60
 _MOST_NAMES = 24
 _MOST_PROBLEMS = 5
-_SPLIT_NAMES = {
-    "train": "crops for training", "val": "crops for validation", "test": "crops for the final test",
-    "seen": "crops that model.weights was trained on",
+_SIDES = {
+    "train": "crops for training", "val": "crops for validation", "seen": "crops that model.weights was trained on",
 }  # fmt: skip
 
 
 @dataclass
 class ClassState:
-    """Sums over the label arrays of a class: how many there are, and voxels by state as their attributes say."""
+    """Sums over the label arrays of a class: how many there are, and voxels by state as far as their attributes say."""
 
     arrays: int = 0
-    voxels: int = 0
-    absent: int = 0
-    unknown: int = 0
+    voxels: Counter[str] = field(default_factory=Counter)
 
     @property
     def shares(self) -> tuple[float | None, ...]:
         """Shares of present, absent and unknown voxels; None if no array says."""
-        if not self.voxels:
-            return None, None, None
-        present = max(0, self.voxels - self.absent - self.unknown)
-        return tuple(n / self.voxels for n in (present, self.absent, self.unknown))
+        total = self.voxels.total()
+        return tuple(self.voxels[state] / total if total else None for state in ("present", "absent", "unknown"))
 
 
 def section(data_root: Path | str | None, run: Path | None, max_arrays: int) -> Markup:
@@ -64,9 +61,11 @@ def _seen(run: Path) -> dict[str, Any]:
     patches = read_timing(run).get("samples")
     split, problem = {}, None
     try:
-        found = read_yaml(run / "split.yaml")
-        parts = {k: v for k, v in found.items() if isinstance(v, list)} if isinstance(found, dict) else {}
-        split = {_SPLIT_NAMES.get(str(k), str(k)): f"{len(v)}: {_names(v)}" for k, v in parts.items()}
+        if (run / "split.yaml").is_file():
+            sides = vars(Split.load(run / "split.yaml"))
+            split = {
+                _SIDES[side]: f"{len(keys)}: {_names(keys)}" for side, keys in sides.items() if keys or side != "seen"
+            }
     except ConnectomicsError as error:
         problem = str(error)
     return {"split": split, "problem": problem, "rows": rows, "patches": patches if isinstance(patches, int) else None}
@@ -128,13 +127,7 @@ def _states(crops: Sequence[Crop], max_arrays: int) -> tuple[dict[str, ClassStat
         if number > max_arrays:
             continue
         try:
-            annotation, n = label.annotation, label.grid.size
+            state.voxels.update(said_counts(label))
         except ConnectomicsError as error:
             problems.append(str(error))
-            continue
-        # states come from complement_counts; without a count of absent voxels they are not known
-        if "absent" in annotation.counts:
-            state.voxels += n
-            state.absent += annotation.counts["absent"]
-            state.unknown += 0 if annotation.fully_known else annotation.counts.get("unknown", 0)
     return states, problems

@@ -86,6 +86,7 @@ class Library:
             Wanted(datasets.get(crop, ""), crop, name, PlainArray.open(store.join(root, crop, name)).grid)
             for crop in store.list_groups(root)
             for name in store.list_groups(store.join(root, crop))
+            if not name.endswith("_mask")
         ]
 
     def predicted(self) -> list[tuple[str, str, str]]:

@@ -13,7 +13,7 @@ import yaml
 
 from connectomics.errors import MetadataError
 from connectomics.io.store import read_json
-from connectomics.lightning.run_state import starts_of, state_of
+from connectomics.lightning.run_state import metric_rows, starts_of, state_of
 
 PACKAGES = ("torch", "pytorch-lightning", "monai", "numpy", "zarr", "tensorstore")  #: whose versions are shown
 #: Columns of ``metrics.csv``: (epoch, step, value).
@@ -21,19 +21,18 @@ Columns = Mapping[str, Sequence[tuple[float, float, float]]]
 
 
 def read_config(run: Path) -> dict[str, Any] | None:
-    """Return ``config.yaml`` of a run as `read_yaml` does; content that is no mapping is empty."""
-    found = read_yaml(run / "config.yaml")
-    return found if found is None or isinstance(found, dict) else {}
+    """Return ``config.yaml`` of a run, None if there is no file; content that is no mapping is empty.
 
-
-def read_yaml(path: Path) -> Any:
-    """Return the content of a YAML file, None if there is no file; `MetadataError` if it cannot be read."""
+    Raises `MetadataError` if it cannot be read.
+    """
+    path = run / "config.yaml"
     if not path.is_file():
         return None
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise MetadataError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+    return found if isinstance(found, dict) else {}
 
 
 def read_timing(run: Path) -> dict[str, Any]:
@@ -47,22 +46,15 @@ def read_metrics(run: Path) -> Columns:
     A row without an epoch takes that of the row before it. {} if there is no file; `MetadataError` if it cannot be
     read.
     """
-    path = run / "metrics.csv"
+    path, epoch = run / "metrics.csv", 0.0
     columns: dict[str, list[tuple[float, float, float]]] = {}
-    if not path.is_file():
-        return columns
     try:
-        with path.open(newline="", encoding="utf-8") as stream:
-            epoch = 0.0
-            for row in csv.DictReader(stream):
-                epoch = _cell(row.get("epoch")) if row.get("epoch") else epoch
-                step = _cell(row.get("step"))
-                for name, text in row.items():
-                    if name in ("epoch", "step") or not isinstance(name, str) or not text:
-                        continue
-                    value = _cell(text)
-                    if math.isfinite(value):
-                        columns.setdefault(name, []).append((epoch, step, value))
+        for row in metric_rows(path):
+            epoch = _cell(row.get("epoch")) if row.get("epoch") else epoch
+            step = _cell(row.get("step"))
+            for name, text in row.items():
+                if name not in ("epoch", "step", None) and math.isfinite(value := _cell(text)):
+                    columns.setdefault(name, []).append((epoch, step, value))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise MetadataError(f"cannot read {path} as a table of metrics: {error}") from error
     return columns

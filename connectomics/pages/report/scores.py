@@ -163,11 +163,11 @@ def class_intervals(scores: Scores) -> dict[str, tuple[float, float]]:
         if result.by_quality:
             part = s.panoptic
         elif isinstance(s, InstanceScore):
-            part = InstanceSums(s.tp, s.fp, s.fn, s.hausdorff_norm_sum, s.n_hausdorff)
+            part = None if s.status in DROPPED else InstanceSums.of(s)
         else:
             part = Counts(s.tp, s.fp, s.fn)
-        parts = groups.setdefault(result.class_name, [])
-        parts += [] if part is None else [part]
+        if part is not None:
+            groups.setdefault(result.class_name, []).append(part)
     return {name: bootstrap_interval(parts, score_of) for name, parts in groups.items() if len(parts) > 1}
 
 
@@ -223,11 +223,14 @@ def _class_table(scores: Scores, baseline: Scores | None, is_instance: bool) -> 
     chosen = {n: e for n, e in scores.classes.items() if ("combined_score" in e) == is_instance}
     if not chosen:
         return {}
-    key = "score" if all("score" in e for e in chosen.values()) else "combined_score" if is_instance else "iou"
-    order = sorted(chosen.items(), key=lambda item: -float(item[1][key]))
     others = baseline.classes if baseline else {}
-    rows = [(name, optional(entry[key]), optional(others.get(name, {}).get(key)), entry) for name, entry in order]
-    return {"is_instance": is_instance, "rows": rows}
+    rows = [(name, class_score(entry), class_score(others.get(name, {})), entry) for name, entry in chosen.items()]
+    return {"is_instance": is_instance, "rows": sorted(rows, key=lambda row: -(row[1] or 0.0))}
+
+
+def class_score(entry: Mapping[str, Any]) -> float | None:
+    """Return the score of a class in ``label_scores``, which the official scorer names by its kind."""
+    return optional(entry.get("score", entry.get("combined_score", entry.get("iou"))))
 
 
 def evaluation_section(path: Path, labels: Path | None = None) -> Markup:

@@ -45,7 +45,7 @@ class LabelReader:
 
 
 def plain_labels(location: str, class_name: str, grid: VoxelGrid | None = None) -> LabelReader:
-    """Open a plain array, as in the scorer's ground truth: all its voxels are known.
+    """Open a plain array, as in the scorer's ground truth; what the mask beside it leaves out is unknown.
 
     ``grid`` (from a crop table) is used if the attributes of the array have none.
     """
@@ -55,7 +55,8 @@ def plain_labels(location: str, class_name: str, grid: VoxelGrid | None = None) 
         raise MetadataError(
             f"{location}: expected voxel_size and translation for shape {array.shape}; add them to its attributes"
         )
-    return LabelReader(found, is_instance_class(class_name), partial(_read_nearest, array, found))
+    mask = PlainArray.open(f"{location}_mask") if store.exists(f"{location}_mask") else None
+    return LabelReader(found, is_instance_class(class_name), partial(_read_nearest, array, found, mask=mask))
 
 
 def annotated_labels(catalog: Catalog, dataset: str, crop: str, class_name: str, grid: VoxelGrid) -> LabelReader | None:
@@ -106,11 +107,16 @@ def submitted_labels(archive: Store, crop: str, class_name: str, grid: VoxelGrid
     return LabelReader(place, is_instance_class(class_name), partial(_read_nearest, array, place))
 
 
-def _read_nearest(array: PlainArray | ZarrArray, place: VoxelGrid, grid: VoxelGrid) -> Labels:
-    """Return the values of an array on the grid ``place`` nearest to the voxels of ``grid``; outside is unknown."""
+def _read_nearest(
+    array: PlainArray | ZarrArray, place: VoxelGrid, grid: VoxelGrid, mask: PlainArray | None = None
+) -> Labels:
+    """Return the values of an array on the grid ``place`` nearest to the voxels of ``grid``; unknown outside, and where
+    a mask is 0."""
     begin, part = place.part(grid.box)
     z, y, x = resample.inside_axes(place, grid)
     known = z[:, None, None] & y[:, None] & x
+    if mask is not None:
+        known &= resample.nearest(mask.read(begin, part.shape), part, grid) != 0
     return resample.nearest(array.read(begin, part.shape), part, grid), known
 
 
