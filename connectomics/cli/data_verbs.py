@@ -297,7 +297,10 @@ def _numbers(text: str, option: str) -> frozenset[int]:
     try:
         for part in text.split(","):
             first, dash, last = part.partition("-")
-            found |= set(range(int(first), int(last) + 1)) if dash else {int(first)}
+            begin, end = int(first), int(last if dash else first)
+            if begin > end:
+                raise ValueError(part)
+            found.update(range(begin, end + 1))
     except ValueError as error:
         raise InputError(f"{option}: expected numbers and ranges, such as 0,5,10-12, got {text!r}") from error
     return frozenset(found)

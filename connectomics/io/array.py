@@ -362,7 +362,7 @@ class StoredArray:
 
 def _no_array(location: str, meta: dict[str, Any] | None, options: StoreOptions) -> Exception:
     if meta is not None or exists(join(location, ".zgroup"), options):
-        return MetadataError(f"{location} is a Zarr group, expected an array; name one of its arrays (s0, ...)")
+        return MetadataError(f"{location} is a Zarr group, expected an array; name one of its arrays: {location}/NAME")
     return MissingError(f"no Zarr array at {location}: neither .zarray nor zarr.json exists")
 
 
