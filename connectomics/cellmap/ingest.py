@@ -128,8 +128,8 @@ def ingest_raw(
     grid = VoxelGrid(size, first, index(source.shape))
     em = _data_set(root, dataset) / EM
     place = em / f"fibsem-{dtype.name}"
-    others = [p.name for p in em.iterdir() if p.is_dir() and not p.name.startswith(".")] if em.is_dir() else []
-    if set(others) - {place.name}:
+    others = {path.name for path in em.glob("[!.]*/")} - {place.name}
+    if others:
         raise WriteError(f"{em} holds raw already ({', '.join(others)}); remove it, or give another --dataset name")
 
     def convert(values: NDArray[Any], begin: Sequence[int]) -> NDArray[Any]:
@@ -329,10 +329,7 @@ def _center(face: Triple, size: Triple) -> Triple:
 
 def _levels(grid: VoxelGrid) -> int:
     """Number of levels until the longest side is short."""
-    levels, longest = 1, max(grid.shape)
-    while longest > 2 * _LEAST and levels < 12:
-        longest, levels = -(-longest // 2), levels + 1
-    return levels
+    return int(np.clip(np.ceil(np.log2(max(grid.shape) / _LEAST)), 1, 12))
 
 
 def _blocks(source: VolumeSource) -> list[tuple[Index, Index]]:
@@ -372,11 +369,11 @@ def _check_labels(drawn: Drawn, known: Known, crop: str) -> None:
 
 def _survey(drawn: Drawn, known: Known) -> tuple[int, bool]:
     """The largest id of the class, and whether there is more than one; one pass over the volume."""
-    smallest, largest = 0, 0  # 0: no id found
+    ends = list[int]()  # smallest and largest id of each block
     for begin, shape in _blocks(drawn.source):
         values = drawn.source.read(begin, shape)
         annotated, inside = known.of(values, begin), drawn.inside(values)
-        negative = (values < 0) & annotated if values.dtype.kind == "i" else np.zeros(1, np.bool_)
+        negative = (values < 0) & annotated
         if np.any(negative if known.unknown is None else negative & inside):
             raise InputError(
                 f"{drawn.source.location} holds negative values, labels are 0 and above; give the value that means "
@@ -384,8 +381,8 @@ def _survey(drawn: Drawn, known: Known) -> tuple[int, bool]:
             )
         ids = values[inside & annotated]
         if ids.size:
-            smallest, largest = min(smallest or int(ids.min()), int(ids.min())), max(largest, int(ids.max()))
-    return largest, smallest != largest
+            ends += [int(ids.min()), int(ids.max())]
+    return max(ends, default=0), len(set(ends)) > 1
 
 
 def _unknown_value(largest: int) -> int:

@@ -220,8 +220,9 @@ def ingest(
     files: dict[str, str] = {}
     for text in labels or ():
         name, equals, place = text.partition("=")
-        if not equals or not name:
-            raise InputError(f"--labels: expected CLASS=FILE, CLASS:instance=FILE or CLASS:semantic=FILE, got {text!r}")
+        if not equals or not name or name in files:
+            expected = "one CLASS=FILE, CLASS:instance=FILE or CLASS:semantic=FILE for each class"
+            raise InputError(f"--labels: expected {expected}, got {text!r}")
         files[name] = place
     low_high = None if value_range is None else opt.numbers_of(value_range, "--range", (2,), "LOW,HIGH")
     start = None if begin is None else opt.numbers_of(begin, "--begin", (3,), "z,y,x in nm")

@@ -152,7 +152,7 @@ class LabelEvaluation:
         """Return what pools to the score of the class by these rules; None without the instance measures it needs."""
         if self.by_instances or rules.is_instance(self.class_name):
             if self.instances is None or rules.by_quality:
-                return self.panoptic if self.instances is not None else None
+                return self.panoptic
             return self.by_rules.get(rules.version, self.instances)
         if rules.by_quality:
             return Panoptic.of_segment(self.counts.tp, self.counts.fp, self.counts.fn)

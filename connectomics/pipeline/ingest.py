@@ -93,10 +93,9 @@ def ingest(
         listed = [] if together is None or values is None else drawn_by_table(together, Path(values))
         mask = None if known is None else stack.enter_context(open_volume(known, format_name))
         annotated = Known(unknown, mask, slices)
-        start = None if begin is None else (begin[0], begin[1], begin[2])
         for item in (*drawn, *listed):
             with show(f"labels of {item.class_name}") as advance:
-                what = (place, dataset, crop, item, voxel_size, start, annotated)
+                what = (place, dataset, crop, item, voxel_size, begin, annotated)
                 tell(ingest_labels(*what, overwrite=overwrite, progress=advance))
         if listed:
             _name_unlisted(listed, annotated, str(values))

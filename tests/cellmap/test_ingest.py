@@ -542,6 +542,7 @@ def test_bad_input_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]
         (["ingest", str(root), "--dataset", "mine", "--raw", good], "--overwrite"),
         ([*label], "nothing to ingest"),
         ([*label, "--labels", "mito"], "CLASS=FILE"),
+        ([*label, "--labels", f"mito={good}", "--labels", "mito=b.tif"], "for each class, got 'mito=b.tif'"),
         ([*label, "--labels", f"mito={tmp_path / 'float.npy'}"], "must be whole numbers"),
         ([*label, "--labels", f"mito={tmp_path / 'negative.npy'}", "--unknown", "-1"], "negative values"),
         ([*label, "--label-map", good, "--values", str(tmp_path / "huge.csv")], "line 2: value must be"),
