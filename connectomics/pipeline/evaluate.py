@@ -90,7 +90,8 @@ def evaluate(
             progress(done, len(found), key)
     if not rows:
         raise MissingError(
-            f"none of the labels in {folder} is of an annotated crop of {catalog.root}; nothing to compare: predict those (without --box)"
+            f"none of the labels in {folder} is of an annotated crop of {catalog.root}; nothing to compare: predict "
+            "annotated crops (without --box)"
         )
     own = {row.class_name for row in rows if row.instances is not None and row.class_name not in CLASSES}
     rows = [replace(row, by_instances=row.class_name in own) for row in rows]

@@ -94,10 +94,10 @@ def open_zarr(path: Path, inner: str | None) -> VolumeSource:
         if names_levels(read_attrs(place)):
             raise
     array = PlainArray.open(place)
-    if array.grid is None and (level := _level_of_group(Path(place))) is not None:
-        return level
-    known = {"voxel_size": array.grid.voxel_size, "begin": array.grid.box.begin} if array.grid else {}
-    return VolumeSource(place, array.shape, array.dtype, array.read, **known)
+    if array.grid is None:
+        return _level_of_group(Path(place)) or VolumeSource(place, array.shape, array.dtype, array.read)
+    size, begin = array.grid.voxel_size, array.grid.box.begin
+    return VolumeSource(place, array.shape, array.dtype, array.read, voxel_size=size, begin=begin)
 
 
 def _level(group: Multiscale, number: int, place: str) -> VolumeSource:
