@@ -100,7 +100,7 @@ def ingest_raw(
     dataset: str,
     source: VolumeSource,
     voxel_size: Sequence[float] | None = None,
-    value_range: tuple[float, float] | None = None,
+    value_range: Sequence[float] | None = None,
     *,
     overwrite: bool = False,
     progress: Progress = silent,

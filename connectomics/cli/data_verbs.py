@@ -230,7 +230,7 @@ def ingest(
         root, dataset, raw=raw, labels=files, label_map=label_map, values=values, proposals=proposals,
         done=() if done is None else _numbers(done, "--done"), crop=crop,
         voxel_size=None if voxel_size is None else opt.voxel_size_of(voxel_size), begin=start,
-        value_range=None if low_high is None else (low_high[0], low_high[1]), unknown=unknown, known=known,
+        value_range=low_high, unknown=unknown, known=known,
         slices=None if slices is None else _numbers(slices, "--slices"), format_name=format_name, overwrite=overwrite,
         written=print, shown=terminal.counted,
     )  # fmt: skip

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from connectomics.cellmap.catalog import Crop
 from connectomics.cellmap.labels import read_labels
-from connectomics.geometry import Box, Index, Triple, VoxelGrid, triple
+from connectomics.geometry import Box, Index, Triple, VoxelGrid, index, triple
 from connectomics.io.multiscale import Multiscale
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class Area:
         box = self.raw.grid.box if self.box is None else self.box.intersect(self.raw.grid.box)
         whole = [int(n / v + 1e-3) for n, v in zip(box.extent, voxel_size, strict=True)]
         first = triple(np.add(box.begin, np.divide(voxel_size, 2)))
-        lattice = VoxelGrid(voxel_size, first, (whole[0], whole[1], whole[2]))
+        lattice = VoxelGrid(voxel_size, first, index(whole))
         shape = [n // s for n, s in zip(whole, size, strict=True)]
         places = int(np.prod(shape, dtype=np.int64))
         found, refused = [], Counter[str](["data set smaller than a box"] * (places == 0))

@@ -40,7 +40,7 @@ def context_needed(crop: Sequence[int], patch: Sequence[int], reach: Sequence[fl
     for n, p, r, s in zip(crop, patch, reach, scale, strict=True):
         nearest = (p / 2 - tilings(n, p)[2]) * s  # from a patch's center to the crop's face; negative: outside
         needed.append(max(0, math.ceil(r - nearest)) + 1)  # one more for the neighbor that interpolation looks at
-    return needed[0], needed[1], needed[2]
+    return index(needed)
 
 
 class PatchReader:

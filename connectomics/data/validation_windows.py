@@ -13,7 +13,7 @@ from connectomics.cellmap.catalog import Crop
 from connectomics.config import RunConfig
 from connectomics.data.foreground import foreground_points
 from connectomics.errors import number_of
-from connectomics.geometry import Index, Triple, VoxelGrid
+from connectomics.geometry import Index, Triple, VoxelGrid, index
 from connectomics.inference.sliding import plan
 from connectomics.inference.windows import BLOCK, WindowFit
 
@@ -47,7 +47,7 @@ class WindowShape:
             shapes = [tuple(n if a == axis else 1 for a in range(3)) for n in range(w, 0, -1)]
             grids = (VoxelGrid(voxel_size, (0.0, 0.0, 0.0), (z, y, x)) for z, y, x in shapes)
             found.append(next((grid.shape[axis] for grid in grids if alone.count(grid) == 1), w))
-        return found[0], found[1], found[2]
+        return index(found)
 
 
 def validation_shape(config: RunConfig) -> WindowShape:

@@ -32,7 +32,7 @@ from connectomics.decoding.edits import (
 from connectomics.decoding.label_artifact import TABLE_FILE, write_table
 from connectomics.decoding.parameters import METHODS
 from connectomics.errors import InputError, MetadataError
-from connectomics.geometry import Index, Triple, index, slices_of
+from connectomics.geometry import Index, Triple, index, slices_of, triple
 from connectomics.io.artifacts import about, identity, require_complete
 from connectomics.io.fingerprint import fingerprint
 from connectomics.io.multiscale import Multiscale
@@ -215,8 +215,7 @@ class EditTask(LabelsTask):
             seeds.append(index((voxel - begin) // stride))
         if seeds[0] == seeds[1]:
             raise InputError(f"{self.name}: line {edit.line}: the seeds are less than {list(stride)} voxels apart")
-        size = np.multiply(grid.voxel_size, stride).tolist()
-        part = divided(mask, seeds[0], seeds[1], (size[0], size[1], size[2]))
+        part = divided(mask, seeds[0], seeds[1], triple(np.multiply(grid.voxel_size, stride)))
         self.divisions.save(len(before), {"begin": np.asarray(begin), "stride": np.asarray(stride), "part": part})
 
     def _stride(self, shape: NDArray[np.int64]) -> Index:

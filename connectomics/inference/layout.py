@@ -198,8 +198,7 @@ class Layout:
         begin, end = self.model.index_range(part.box)
         low = [max(0, b - m) for b, m in zip(begin, self._margin, strict=True)]
         high = [min(n, e + m) for n, e, m in zip(self.model.shape, end, self._margin, strict=True)]
-        shape = shape_between(low, high)
-        return (low[0], low[1], low[2]), (shape[0], shape[1], shape[2])
+        return index(low), index(shape_between(low, high))
 
     def value_type(self, dtype: str, uncertainty: str) -> np.dtype[Any]:
         """Return the dtype in which blocks wait to be written: uint8 if they are written as they are."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from connectomics.config import RunConfig
 from connectomics.errors import InputError
-from connectomics.geometry import Box, Index, Triple, VoxelGrid, index, shape_between
+from connectomics.geometry import Box, Index, Triple, VoxelGrid, index, shape_between, triple
 from connectomics.inference.symmetry import Symmetry
 from connectomics.io.mirror import Extent
 from connectomics.models.registry import fixed_patch_size, required_multiple, takes_any_window
@@ -33,7 +33,7 @@ def whole_index(values: Sequence[int] | int, what: str, least: int) -> Index:
     numbers = [values] * 3 if isinstance(values, int) else [int(v) for v in values]
     if len(numbers) != 3 or min(numbers) < least:
         raise InputError(f"{what} must be three whole numbers >= {least} (z, y, x), got {values!r}")
-    return numbers[0], numbers[1], numbers[2]
+    return index(numbers)
 
 
 def overlap_per_axis(overlap: Sequence[float] | float) -> Triple:
@@ -41,7 +41,7 @@ def overlap_per_axis(overlap: Sequence[float] | float) -> Triple:
     shares = tuple(map(float, (overlap,) * 3 if isinstance(overlap, int | float) else overlap))
     if len(shares) != 3 or not all(0 <= share < 1 for share in shares):
         raise InputError(f"overlap must be at least 0 and below 1, one number or three (z, y, x), got {overlap}")
-    return shares[0], shares[1], shares[2]
+    return triple(shares)
 
 
 def window_for(config: RunConfig, box: Box) -> tuple[Index, Triple]:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.errors import InputError, MetadataError
-from connectomics.geometry import VoxelGrid, triple
+from connectomics.geometry import VoxelGrid, index, triple
 
 # Axes that may precede z, y, x, and their types.
 _KINDS = {"t": "time", "c": "channel"}
@@ -103,7 +103,7 @@ def grid_of_attrs(attrs: Mapping[str, Any], shape: Sequence[int], where: str) ->
     if size is None or len(shape) != 3:
         return None
     try:
-        return VoxelGrid(size, first, (shape[0], shape[1], shape[2]))
+        return VoxelGrid(size, first, index(shape))
     except InputError as error:
         raise MetadataError(f"attributes of {where}: {error}") from error
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from connectomics.cellmap.classes import ATOMIC_CLASSES, CLASSES
 from connectomics.errors import InputError
-from connectomics.geometry import Box, Triple, VoxelGrid, slices_of, triple
+from connectomics.geometry import Box, Triple, VoxelGrid, index, slices_of, triple
 from connectomics.phantom.options import PhantomOptions
 from connectomics.phantom.scene import Scene, Tone, class_mask
 
@@ -161,7 +161,7 @@ def _grid(plan: DatasetPlan, box: Box, factor: int, isotropic: bool) -> VoxelGri
     size = triple([2.0 * factor] * 3) if isotropic else triple([v * factor / 2 for v in plan.raw.voxel_size])
     shape = [max(1, math.floor(e / s + 1e-6)) for e, s in zip(box.extent, size, strict=True)]
     first = triple([round(b + s / 2, 6) for b, s in zip(box.begin, size, strict=True)])
-    return VoxelGrid(size, first, (shape[0], shape[1], shape[2]))
+    return VoxelGrid(size, first, index(shape))
 
 
 class _Chooser:

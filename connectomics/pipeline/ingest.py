@@ -34,7 +34,7 @@ def ingest(
     crop: str = "crop1",
     voxel_size: Triple | None = None,
     begin: Sequence[float] | None = None,
-    value_range: tuple[float, float] | None = None,
+    value_range: Sequence[float] | None = None,
     unknown: int | None = None,
     known: str | None = None,
     slices: frozenset[int] | None = None,

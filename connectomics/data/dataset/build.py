@@ -17,7 +17,7 @@ from connectomics.data.normalization import of_crops
 from connectomics.data.patch_reader import PatchShape
 from connectomics.data.run_split import run_crops
 from connectomics.errors import require_known
-from connectomics.geometry import triple
+from connectomics.geometry import index, triple
 from connectomics.io.store import StoreOptions
 
 
@@ -66,7 +66,7 @@ def normalizations(cfg: RunConfig, crops: Sequence[Crop]) -> dict[str, Any]:
 def inputs_of(cfg: RunConfig) -> tuple[PatchShape, ...]:
     """Return ``data.inputs`` as (voxel size in nm, shape in voxels), z y x."""
     shapes = ((given.voxel_size, given.patch_size) for given in cfg.data.inputs)
-    return tuple(PatchShape(triple(size), (shape[0], shape[1], shape[2])) for size, shape in shapes)
+    return tuple(PatchShape(triple(size), index(shape)) for size, shape in shapes)
 
 
 def get_dataset(
