@@ -7,6 +7,7 @@ stored value of ``absent`` and ``unknown`` (and, for semantic arrays, ``present`
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,11 +15,26 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.errors import MetadataError
+from connectomics.errors import InputError, MetadataError
 
 Kind = Literal["semantic", "instance"]
 
 _KINDS: dict[str, Kind] = {"semantic_segmentation": "semantic", "instance_segmentation": "instance"}
+
+
+def class_and_kind(text: str) -> tuple[str, Kind | None]:
+    """Return the name of ``CLASS``, ``CLASS:instance`` or ``CLASS:semantic``, and the kind if it is given.
+
+    Raises:
+        InputError: another kind, or a name that cannot be a class's.
+    """
+    name, colon, given = text.partition(":")
+    kind = next((known for known in _KINDS.values() if known == given), None)
+    if colon and kind is None:
+        raise InputError(f"labels of {name}: expected kind instance or semantic, got {given!r}")
+    if not re.fullmatch(r"[\w+-]+", name):
+        raise InputError(f"a class's name is letters, digits, - _ +, got {name!r}")
+    return name, kind
 
 
 @dataclass(frozen=True)

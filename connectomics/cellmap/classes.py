@@ -72,6 +72,14 @@ def is_instance_class(name: str) -> bool:
     return name in INSTANCE_CLASSES
 
 
+def is_scored_by_instances(name: str, kind: str | None) -> bool:
+    """Return whether labels are compared object by object.
+
+    Those of the challenge's instance classes are, and those of your own classes if ``kind`` is ``instance``.
+    """
+    return is_instance_class(name) or (kind == "instance" and name not in CLASSES)
+
+
 def atoms_of(name: str) -> tuple[str, ...]:
     """Return the atomic classes of ``name``: itself if it is atomic or not a class of the challenge."""
     known = CLASSES.get(name)

@@ -28,7 +28,7 @@ def csv_rows(text: str, columns: Sequence[str], where: str) -> Iterator[tuple[st
     reader = csv.DictReader(text.splitlines())
     missing = [c for c in columns if c not in (reader.fieldnames or ())]
     if missing:
-        raise MetadataError(f"{where}: columns {missing} are missing; expected {', '.join(columns)}")
+        raise MetadataError(f"{where}: columns {missing} are missing; expected {','.join(columns)} (commas)")
     for number, row in enumerate(reader, start=2):
         place = f"{where} line {number}"
         blank = [c for c in columns if not (row[c] or "").strip()]

@@ -63,13 +63,14 @@ class EditableLabels:
             self.finish()
 
     @classmethod
-    def create(cls, place: Path, name: str, grid: VoxelGrid) -> EditableLabels:
+    def create(cls, place: Path, name: str, grid: VoxelGrid, kind: Kind | None = None) -> EditableLabels:
         """Create labels on ``grid`` in which nothing is known: uint8, or uint32 if the class has instances.
 
         Args:
             place: ``.../labels/groundtruth/{crop}/{class}``, which is free.
+            kind: None: ``instance`` for the challenge's instance classes.
         """
-        kind: Kind = "instance" if is_instance_class(name) else "semantic"
+        kind = kind or ("instance" if is_instance_class(name) else "semantic")
         dtype: np.dtype[Any] = np.dtype(np.uint32 if kind == "instance" else np.uint8)
         unknown = int(np.iinfo(dtype).max)
         counts = {"absent": 0, "unknown": grid.size}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from connectomics.io.formats import VolumeSource
 from connectomics.io.location import local_path
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.replacing import not_ours, publish, unfinished_folder
-from connectomics.io.write import ArrayWriter, build_levels, create_multiscale, ensure_group, update_attrs
+from connectomics.io.write import ArrayWriter, build_levels, create_multiscale, update_attrs
 from connectomics.progress import Progress, silent
 
 log = logging.getLogger(__name__)
@@ -99,7 +100,7 @@ def ingest_raw(
     dataset: str,
     source: VolumeSource,
     voxel_size: Sequence[float] | None = None,
-    value_range: tuple[float, float] | None = None,
+    value_range: Sequence[float] | None = None,
     *,
     overwrite: bool = False,
     progress: Progress = silent,
@@ -127,19 +128,19 @@ def ingest_raw(
     grid = VoxelGrid(size, first, index(source.shape))
     em = _data_set(root, dataset) / EM
     place = em / f"fibsem-{dtype.name}"
-    others = [p.name for p in em.iterdir() if p.is_dir() and not p.name.startswith(".")] if em.is_dir() else []
-    if set(others) - {place.name}:
+    others = {path.name for path in em.glob("[!.]*/")} - {place.name}
+    if others:
         raise WriteError(f"{em} holds raw already ({', '.join(others)}); remove it, or give another --dataset name")
 
     def convert(values: NDArray[Any], begin: Sequence[int]) -> NDArray[Any]:
-        if value_range is None:
-            return values.astype(dtype, copy=False)
-        low, high = value_range
         if not np.isfinite(values).all():
             raise InputError(
                 f"{source.location} holds values that are not finite in the block at {tuple(begin)}, voxels z y x; "
-                "replace them, for example by a value in the range"
+                "replace them, for example by the mean"
             )
+        if value_range is None:
+            return values.astype(dtype, copy=False)
+        low, high = value_range
         scaled = (values.astype(np.float32) - np.float32(low)) * np.float32(255 / (high - low))
         return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
 
@@ -204,9 +205,12 @@ def ingest_labels(
             f"{source.location}: labels from {begins} to {ends} nm lie outside the raw of {dataset} {about}"
         )
     low, high = np.subtract(raw.box.begin, grid.box.begin), np.subtract(grid.box.end, raw.box.end)
-    if np.any(np.maximum(low, high) > np.maximum(size, raw.voxel_size)):
-        message = "%s: labels from %s to %s nm reach beyond the raw of %s %s"
-        log.warning(message, source.location, begins, ends, dataset, about)
+    far = np.maximum(size, raw.voxel_size)
+    beyond = np.any(np.maximum(low, high) > far)
+    if beyond or (begin is None and source.begin is None and np.any(high < -far)):
+        does = "reach beyond" if beyond else "cover a part of"
+        message = "%s: labels from %s to %s nm %s the raw of %s %s"
+        log.warning(message, source.location, begins, ends, does, dataset, about)
     largest, several = _survey(drawn, chosen)
     kind = drawn.kind or ("instance" if is_instance_class(drawn.class_name) and several else "semantic")
     ids = largest if kind == "instance" else 1
@@ -284,17 +288,22 @@ def unlisted_values(source: VolumeSource, drawn: Sequence[Drawn], known: Known |
 def _placed(place: Path, overwrite: bool) -> Iterator[Path]:
     """A hidden folder that is renamed to ``place`` if the block completes."""
     _check_place(place, overwrite)
-    ensure_group(place.parent)
-    with unfinished_folder(place) as folder:
-        yield folder
-        with as_write_error(f"cannot move the volume to {place}"):
-            attribute = {"artefact": _INGESTED, "complete": True, **Provenance().to_dict()}
-            update_attrs(folder, {ATTRIBUTE: attribute})
-            _check_place(place, overwrite)  # another process may have been faster
-            if overwrite:
-                publish(folder, place)
-            else:
-                folder.rename(place)
+    new = [parent for parent in place.parents if not parent.exists()]
+    try:
+        with unfinished_folder(place) as folder:
+            yield folder
+            with as_write_error(f"cannot move the volume to {place}"):
+                attribute = {"artefact": _INGESTED, "complete": True, **Provenance().to_dict()}
+                update_attrs(folder, {ATTRIBUTE: attribute})
+                _check_place(place, overwrite)  # another process may have been faster
+                if overwrite:
+                    publish(folder, place)
+                else:
+                    folder.rename(place)
+    finally:
+        for parent in new:  # a data set without raw, or a crop without classes, would stop other verbs
+            if all(inner.name == ".zgroup" for inner in parent.glob("*")):
+                shutil.rmtree(parent, ignore_errors=True)
 
 
 def _check_place(place: Path, overwrite: bool) -> None:
@@ -320,10 +329,7 @@ def _center(face: Triple, size: Triple) -> Triple:
 
 def _levels(grid: VoxelGrid) -> int:
     """Number of levels until the longest side is short."""
-    levels, longest = 1, max(grid.shape)
-    while longest > 2 * _LEAST and levels < 12:
-        longest, levels = -(-longest // 2), levels + 1
-    return levels
+    return int(np.clip(np.ceil(np.log2(max(grid.shape) / _LEAST)), 1, 12))
 
 
 def _blocks(source: VolumeSource) -> list[tuple[Index, Index]]:
@@ -356,17 +362,18 @@ def _check_labels(drawn: Drawn, known: Known, crop: str) -> None:
             f"{known.mask.location} has shape {known.mask.shape}, the labels {source.shape}; a mask of known voxels "
             f"must have the labels' shape"
         )
-    if known.slices is not None and (wrong := [z for z in sorted(known.slices) if not 0 <= z < source.shape[0]]):
-        raise InputError(f"slices {wrong} do not exist: {source.location} has sections 0 to {source.shape[0] - 1}")
+    if wrong := [str(z) for z in sorted(known.slices or ()) if not 0 <= z < source.shape[0]]:
+        sections = f"{source.location} has sections 0 to {source.shape[0] - 1}"
+        raise InputError(f"slices {first_of(wrong, 3)} do not exist: {sections}")
 
 
 def _survey(drawn: Drawn, known: Known) -> tuple[int, bool]:
     """The largest id of the class, and whether there is more than one; one pass over the volume."""
-    smallest, largest = 0, 0  # 0: no id found
+    ends = list[int]()  # smallest and largest id of each block
     for begin, shape in _blocks(drawn.source):
         values = drawn.source.read(begin, shape)
         annotated, inside = known.of(values, begin), drawn.inside(values)
-        negative = (values < 0) & annotated if values.dtype.kind == "i" else np.zeros(1, np.bool_)
+        negative = (values < 0) & annotated
         if np.any(negative if known.unknown is None else negative & inside):
             raise InputError(
                 f"{drawn.source.location} holds negative values, labels are 0 and above; give the value that means "
@@ -374,13 +381,13 @@ def _survey(drawn: Drawn, known: Known) -> tuple[int, bool]:
             )
         ids = values[inside & annotated]
         if ids.size:
-            smallest, largest = min(smallest or int(ids.min()), int(ids.min())), max(largest, int(ids.max()))
-    return largest, smallest != largest
+            ends += [int(ids.min()), int(ids.max())]
+    return max(ends, default=0), len(set(ends)) > 1
 
 
 def _unknown_value(largest: int) -> int:
     """255, or if ids reach that the largest number of the next type."""
-    for bits in (8, 16, 32):
+    for bits in (8, 16, 32, 64):
         if largest < 2**bits - 1:
             return 2**bits - 1
     raise InputError(f"ids up to {largest} leave no value for unknown; renumber them to 1..n")

@@ -220,8 +220,9 @@ def ingest(
     files: dict[str, str] = {}
     for text in labels or ():
         name, equals, place = text.partition("=")
-        if not equals or not name:
-            raise InputError(f"--labels: expected CLASS=FILE, CLASS:instance=FILE or CLASS:semantic=FILE, got {text!r}")
+        if not equals or not name or name in files:
+            expected = "one CLASS=FILE, CLASS:instance=FILE or CLASS:semantic=FILE for each class"
+            raise InputError(f"--labels: expected {expected}, got {text!r}")
         files[name] = place
     low_high = None if value_range is None else opt.numbers_of(value_range, "--range", (2,), "LOW,HIGH")
     start = None if begin is None else opt.numbers_of(begin, "--begin", (3,), "z,y,x in nm")
@@ -229,7 +230,7 @@ def ingest(
         root, dataset, raw=raw, labels=files, label_map=label_map, values=values, proposals=proposals,
         done=() if done is None else _numbers(done, "--done"), crop=crop,
         voxel_size=None if voxel_size is None else opt.voxel_size_of(voxel_size), begin=start,
-        value_range=None if low_high is None else (low_high[0], low_high[1]), unknown=unknown, known=known,
+        value_range=low_high, unknown=unknown, known=known,
         slices=None if slices is None else _numbers(slices, "--slices"), format_name=format_name, overwrite=overwrite,
         written=print, shown=terminal.counted,
     )  # fmt: skip
@@ -297,7 +298,10 @@ def _numbers(text: str, option: str) -> frozenset[int]:
     try:
         for part in text.split(","):
             first, dash, last = part.partition("-")
-            found |= set(range(int(first), int(last) + 1)) if dash else {int(first)}
+            begin, end = int(first), int(last if dash else first)
+            if begin > end:
+                raise ValueError(part)
+            found.update(range(begin, end + 1))
     except ValueError as error:
         raise InputError(f"{option}: expected numbers and ranges, such as 0,5,10-12, got {text!r}") from error
     return frozenset(found)

@@ -260,7 +260,8 @@ def annotate(
     dataset: Annotated[str | None, typer.Option(help="Data set; default: that of --box, or the only one.")] = None,
     crop: Annotated[str | None, typer.Option(help="Crop to draw, existing or (with --box) new: 7 or crop7.")] = None,
     class_name: Annotated[
-        list[str] | None, typer.Option("--class", help="Class to draw; may be repeated; default: all of the crop.")
+        list[str] | None,
+        typer.Option("--class", help="Class to draw, or CLASS:instance; may be repeated; default: all."),
     ] = None,
     box: Annotated[
         str | None, typer.Option(help="DATASET:z0,y0,x0:z1,y1,x1 in nm: where the new crop is.", show_default=False)

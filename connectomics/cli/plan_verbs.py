@@ -85,7 +85,7 @@ def _print_plans(found: Plans) -> None:
     data, machine = found.data, found.machine
     rows = [
         [
-            facts.name, facts.crops, f"{facts.present_um3:.3g}", f"{100 * facts.share:.2g} %",
+            facts.name, facts.crops, f"{facts.present_um3:.3g}", f"{100 * facts.share:.3g} %",
             None if facts.chord_nm is None else f"{facts.chord_nm:.0f}",
             None if facts.test_nm is None else f"{facts.test_nm:g}",
         ]

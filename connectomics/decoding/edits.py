@@ -98,7 +98,7 @@ def read_edits(path: str | Path) -> list[Edit]:
             data = json.loads(line)
         except json.JSONDecodeError as error:
             raise InputError(f"{where} is no JSON ({error.msg}): {line[:60]}") from error
-        if not isinstance(data, dict) or ("id" in data and "ids" in data):
+        if not isinstance(data, dict) or "class" not in data or ("id" in data) == ("ids" in data):
             raise InputError(f"{where}: expected an edit with keys op, class, and id or ids, got {line[:60]}")
         data.pop("comment", None)
         values: dict[str, Any] = {("class_name" if key == "class" else key): value for key, value in data.items()}

@@ -77,7 +77,7 @@ class StoredArray:
             if meta is None or meta.get("node_type") != "array":
                 if meta is not None or exists(join(self.location, ".zgroup"), options):
                     raise MetadataError(
-                        f"{self.location} is a Zarr group, expected an array; name one of its arrays (s0, ...)"
+                        f"{self.location} is a Zarr group, expected an array; name one: {self.location}/NAME"
                     )
                 raise MissingError(f"no Zarr array at {self.location}: neither .zarray nor zarr.json exists")
         self.metadata = meta

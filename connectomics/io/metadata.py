@@ -22,13 +22,12 @@ _KINDS = {"t": "time", "c": "channel"}
 def in_nm(unit: str | None) -> float | None:
     """Return the nanometers in a unit of length; None for pixels and unknown units."""
     factors = {
-        "nm": 1.0, "nanometer": 1.0, "nanometers": 1.0, "nanometre": 1.0,
-        "um": 1e3, "µm": 1e3, "μm": 1e3, "micron": 1e3, "microns": 1e3,
-        "micrometer": 1e3, "micrometers": 1e3, "micrometre": 1e3,
+        "nm": 1.0, "nanometer": 1.0, "um": 1e3, "µm": 1e3, "μm": 1e3, "micron": 1e3, "micrometer": 1e3,
         "mm": 1e6, "millimeter": 1e6, "m": 1e9, "meter": 1e9, "cm": 1e7, "inch": 2.54e7,
-        "å": 0.1, "a": 0.1, "angstrom": 0.1, "angstroms": 0.1, "pm": 1e-3,
+        "å": 0.1, "a": 0.1, "angstrom": 0.1, "pm": 1e-3,
     }  # fmt: skip
-    return None if unit is None else factors.get(unit.strip().replace("\\u00B5m", "µm").lower())
+    name = (unit or "").strip().replace("\\u00B5m", "µm").lower()
+    return factors.get(name.removesuffix("s").replace("metre", "meter"))
 
 
 def parse_multiscales(

@@ -148,6 +148,7 @@ class LabelEvaluation:
     """One class in one crop over its known voxels.
 
     ``instances`` and ``panoptic`` are None for semantic classes. ``by_rules`` has ``instances`` by the rules' version.
+    ``by_instances`` means that the class is scored by instances, whatever the rules say.
     """
 
     dataset: str
@@ -157,10 +158,11 @@ class LabelEvaluation:
     instances: InstanceSums | None = None
     panoptic: Panoptic | None = None
     by_rules: Mapping[str, InstanceSums] = field(default_factory=dict, compare=False, repr=False)
+    by_instances: bool = False
 
     def scored(self, rules: Rules) -> Scored | None:
         """Return what pools to the score of the class by these rules; None without the instance measures it needs."""
-        if rules.is_instance(self.class_name):
+        if self.by_instances or rules.is_instance(self.class_name):
             if self.instances is None or rules.by_quality:
                 return self.panoptic
             return self.by_rules.get(rules.version, self.instances)
@@ -289,7 +291,7 @@ def totals(
             items = [item for _, item in there]
             times = draws[:, [crops.index((label.dataset, label.crop)) for label, _ in there]]
             values = np.array([score_of(type(items[0])(*row.tolist())) for row in times @ _table(items)])
-            kinds[rules.is_instance(name)].append(np.where(times.any(axis=1), values, np.nan))
+            kinds[group[0].by_instances or rules.is_instance(name)].append(np.where(times.any(axis=1), values, np.nan))
     found = {"instance": _means(kinds[True]), "semantic": _means(kinds[False])}
     both = [values for values in found.values() if values is not None]
     if rules.by_quality:

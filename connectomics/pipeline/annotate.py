@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
+from connectomics.cellmap.annotation import class_and_kind
 from connectomics.cellmap.catalog import GROUND_TRUTH, Catalog, LabelArray, box_of
 from connectomics.decoding.prediction import find_arrays
 from connectomics.errors import InputError, MissingError, UnknownNameError, unknown_name
@@ -71,7 +72,8 @@ def annotate(
         root: local data root.
         dataset: its data set; None: that of the box, or the only one.
         crop: ``crop234`` or 234.
-        classes: classes to draw; None: all of the crop that are on its finest grid.
+        classes: classes to draw (``CLASS:instance`` or ``CLASS:semantic`` says what a new one holds); None: all of the
+            crop that are on its finest grid.
         box: ``DATASET:z0,y0,x0:z1,y1,x1`` (faces, nm): where a new crop is, on the voxels of the raw that touch it.
         voxel_size: of a new crop, nm z y x; None: that of the raw.
         labels: folder that `decode` wrote: the page shows its labels where voxels are unknown, to accept them.
@@ -129,7 +131,7 @@ def _open_labels(
     """Open the labels of the classes, creating those that are missing; also name classes on another grid."""
     from connectomics.cellmap.editing import EditableLabels
 
-    there: Mapping[str, LabelArray] = {}
+    asked, there = dict(map(class_and_kind, classes or ())), dict[str, LabelArray]()
     known = catalog.crop_names(dataset)
     if name in known:
         crop = catalog.crop(dataset, name, raw.location)
@@ -138,25 +140,26 @@ def _open_labels(
         error = unknown_name("crop", name, known, f"data set {dataset} of {catalog.root}")
         raise UnknownNameError(f"{error}; give --box to make a new crop")
     if there:
-        grid = there[classes[0]].grid if classes and classes[0] in there else crop.grid
+        first = next(iter(asked), "")
+        grid = there[first].grid if first in there else crop.grid
         if wanted is not None and not _same(grid, wanted):
             raise InputError(f"{name} exists with {grid}, not {wanted}; leave out --box, or give another --crop")
     elif wanted is not None:
         grid = wanted
     else:
         raise MissingError(f"{folder} has no labels; give --box and --class to start them")
-    chosen = list(dict.fromkeys(classes)) if classes else [n for n in sorted(there) if _same(there[n].grid, grid)]
+    chosen = list(asked) or [n for n in sorted(there) if _same(there[n].grid, grid)]
     if not chosen:
         raise InputError("a new crop needs its classes: give --class, which may be repeated")
     if other := [n for n in chosen if n in there and not _same(there[n].grid, grid)]:
         raise InputError(f"{', '.join(other)} and {chosen[0]} are on different grids; draw them one after the other")
-    if wrong := [n for n in chosen if not re.fullmatch(r"[\w+-]+", n)]:
-        raise InputError(f"a class's name is letters, digits, - _ +, got {wrong[0]!r}")
     found = {}
     for one in chosen:
-        place = _inside(local_path(catalog.root), folder / one)
-        found[one] = EditableLabels(there[one]) if one in there else EditableLabels.create(place, one, grid)
-    return found, sorted(set(there) - set(found)) if not classes else []
+        place, kind = _inside(local_path(catalog.root), folder / one), asked.get(one)
+        found[one] = EditableLabels(there[one]) if one in there else EditableLabels.create(place, one, grid, kind)
+        if kind not in (None, found[one].kind):
+            raise InputError(f"labels of {one} in {name} are {found[one].kind}, not {kind}; leave out :{kind}")
+    return found, sorted(set(there) - set(found)) if not asked else []
 
 
 def _new_grid(raw: Multiscale, asked: VoxelGrid) -> VoxelGrid:

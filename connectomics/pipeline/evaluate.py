@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from connectomics.cellmap.catalog import Catalog, Crop, open_root
-from connectomics.cellmap.classes import is_instance_class
+from connectomics.cellmap.classes import CLASSES, is_scored_by_instances
 from connectomics.cellmap.labels import read_instances, read_labels
 from connectomics.decoding.label_artifact import unknown_share
 from connectomics.decoding.prediction import trained_on
@@ -89,8 +90,11 @@ def evaluate(
             progress(done, len(found), key)
     if not rows:
         raise MissingError(
-            f"none of the labels in {folder} is of an annotated crop of {catalog.root}; nothing to compare"
+            f"none of the labels in {folder} is of an annotated crop of {catalog.root}; nothing to compare: predict "
+            "annotated crops (without --box)"
         )
+    own = {row.class_name for row in rows if row.instances is not None and row.class_name not in CLASSES}
+    rows = [replace(row, by_instances=row.class_name in own) for row in rows]
     name_trained(trained)
     content = _summary(rows, version, samples) | {"left_out": left_out, "unknown": unknown, "made_from": made_from}
     if files is None:
@@ -145,7 +149,8 @@ def _compare(prediction: Multiscale, crop: Crop, name: str, rules: str) -> Label
     Semantic classes are counted block by block; instances need whole volumes (about 20 bytes a voxel).
     """
     grid = prediction.levels[0].grid
-    if is_instance_class(name) and name in crop.labels and crop.labels[name].annotation.kind == "instance":
+    by_ids = is_scored_by_instances(name, prediction.attrs["connectomics"]["kind"])
+    if by_ids and name in crop.labels and crop.labels[name].annotation.kind == "instance":
         ids, known = read_instances(crop, name, grid)
         found, _ = prediction.read_level(0, (0, 0, 0), grid.shape)
         return evaluate_label(

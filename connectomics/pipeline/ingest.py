@@ -7,17 +7,17 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from connectomics.cellmap.annotation import class_and_kind
 from connectomics.cellmap.catalog import Catalog
 from connectomics.cellmap.ingest import Drawn, Known, drawn_by_table, ingest_labels, ingest_raw, unlisted_values
 from connectomics.errors import InputError
 from connectomics.geometry import Triple
-from connectomics.io.formats import VolumeSource, open_volume
+from connectomics.io.formats import open_volume
 from connectomics.pipeline.proposals import ingest_proposals
 from connectomics.progress import Progress, Shown, showing
 
 log = logging.getLogger(__name__)
 
-_KINDS = ("", "semantic", "instance")
 _SOURCES = "give --dataset with --raw, --labels CLASS=FILE or --label-map, or give --proposals"
 
 
@@ -34,7 +34,7 @@ def ingest(
     crop: str = "crop1",
     voxel_size: Triple | None = None,
     begin: Sequence[float] | None = None,
-    value_range: tuple[float, float] | None = None,
+    value_range: Sequence[float] | None = None,
     unknown: int | None = None,
     known: str | None = None,
     slices: frozenset[int] | None = None,
@@ -88,15 +88,14 @@ def ingest(
                 where = (place, dataset, source, voxel_size, value_range)
                 tell(ingest_raw(*where, overwrite=overwrite, progress=advance))
         files = {head: stack.enter_context(open_volume(file, format_name)) for head, file in (labels or {}).items()}
-        drawn = [_drawn(head, volume) for head, volume in files.items()]
+        drawn = [Drawn(name, volume, kind) for head, volume in files.items() for name, kind in [class_and_kind(head)]]
         together = None if label_map is None else stack.enter_context(open_volume(label_map, format_name))
         listed = [] if together is None or values is None else drawn_by_table(together, Path(values))
         mask = None if known is None else stack.enter_context(open_volume(known, format_name))
         annotated = Known(unknown, mask, slices)
-        start = None if begin is None else (begin[0], begin[1], begin[2])
         for item in (*drawn, *listed):
             with show(f"labels of {item.class_name}") as advance:
-                what = (place, dataset, crop, item, voxel_size, start, annotated)
+                what = (place, dataset, crop, item, voxel_size, begin, annotated)
                 tell(ingest_labels(*what, overwrite=overwrite, progress=advance))
         if listed:
             _name_unlisted(listed, annotated, str(values))
@@ -109,11 +108,3 @@ def _name_unlisted(drawn: Sequence[Drawn], annotated: Known, table: str) -> None
             "%s holds %s, but %s does not say what they mean, so they are none of its classes; give --unknown for the "
             "value of voxels that nobody annotated", drawn[0].source.location, ", ".join(map(str, others)), table,
         )  # fmt: skip
-
-
-def _drawn(head: str, volume: VolumeSource) -> Drawn:
-    """The labels of ``CLASS``, ``CLASS:instance`` or ``CLASS:semantic``."""
-    name, _, kind = head.partition(":")
-    if kind not in _KINDS:
-        raise InputError(f"labels of {name}: expected kind instance or semantic, got {kind!r}")
-    return Drawn(name, volume, None if not kind else "instance" if kind == "instance" else "semantic")

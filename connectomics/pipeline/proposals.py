@@ -126,7 +126,7 @@ def _row(row: Mapping[str, str], place: str) -> Proposal:
     try:
         begin, shape, size = ([float(row[name]) for name in _GRID[k : k + 3]] for k in (0, 3, 6))
         first = [b + s / 2 for b, s in zip(begin, size, strict=True)]
-        grid = VoxelGrid((size[0], size[1], size[2]), (first[0], first[1], first[2]), shape)  # type: ignore[arg-type]
+        grid = VoxelGrid(size, first, shape)  # type: ignore[arg-type]
         rank = int(row["rank"])
         score, uncertainty, novelty = (float(row.get(name) or "nan") for name in ("score", "uncertainty", "novelty"))
     except (ValueError, OverflowError) as error:

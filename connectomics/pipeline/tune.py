@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.cellmap.catalog import Catalog, Crop
-from connectomics.cellmap.classes import is_instance_class
+from connectomics.cellmap.classes import is_scored_by_instances
 from connectomics.cellmap.labels import read_instances, read_labels
 from connectomics.config.values import plain, read
 from connectomics.decoding.parameters import AFFINITY_METHODS, DecodeParameters, default_parameters
@@ -206,7 +206,7 @@ class _Search:
 def _tune_class(predictions: list[_Prediction], search: _Search) -> TunedClass | None:
     """Return None if no voxel of the class is known to be present."""
     name, base = search.name, search.base
-    labelled = [p for p in predictions if name in p.crop.labels] if is_instance_class(name) else []
+    labelled = [p for p in predictions if name in p.crop.labels] if is_scored_by_instances(name, base.kind) else []
     with_ids = [p for p in labelled if p.crop.labels[name].annotation.kind == "instance"]
     if not with_ids and base.is_local:
         return _all_thresholds(predictions, search)

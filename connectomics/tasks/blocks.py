@@ -161,7 +161,7 @@ class DoneMap:
                 f"the done-map {path} is of another task (expected {key} with {blocks} blocks); overwrite the "
                 "output, or choose another output folder"
             )
-        self._done = np.frombuffer(stored, dtype=np.uint8, offset=len(self._head)) == DONE  # a new array
+        self._take(stored)
 
     @classmethod
     def of(cls, task: BlockTask, stage: str) -> Self:
@@ -175,7 +175,10 @@ class DoneMap:
         except FileNotFoundError:
             self._done[:] = True
         else:
-            self._done = np.frombuffer(stored, dtype=np.uint8, offset=len(self._head)) == DONE
+            self._take(stored)
+
+    def _take(self, stored: bytes) -> None:
+        self._done = np.frombuffer(stored, np.uint8, offset=len(self._head)) == DONE  # a new array
 
     def __len__(self) -> int:
         return len(self._done)
@@ -220,7 +223,7 @@ class DoneMap:
         stored = change(path, marked)
         if stored is None:
             raise WriteError(f"the done-map {path} is gone: the output was replaced; rerun the same command")
-        self._done = np.frombuffer(stored, dtype=np.uint8, offset=len(self._head)) == DONE
+        self._take(stored)
         rate = path.with_name(f"{path.name}.rate")
         lines = (rate.read_bytes() if rate.is_file() else b"").splitlines(keepends=True)[-RATE_LINES:]
         write_file(rate, b"".join(lines) + f"{time.time():.3f} {self.count}\n".encode())

@@ -226,6 +226,24 @@ def test_an_array_of_an_ome_zarr_group_lies_where_the_group_says(
     assert "takes no voxel size and position from its group" in caplog.text
 
 
+def test_an_array_of_a_group_with_axes_of_time_and_channel(tmp_path: Path) -> None:
+    data, levels = values(), []
+    for k, stored in enumerate((data, data[:, ::2, ::2])):
+        array = create_array(tmp_path / f"a.zarr/{k}", (1, 1, *stored.shape), stored.dtype, chunks=(1, 1, 8, 8, 8))
+        array.write((0,) * 5, stored[None, None])
+        scale = {"type": "scale", "scale": [1, 1, 0.008, 0.004 * 2**k, 0.0055 * 2**k]}
+        shift = {"type": "translation", "translation": [0, 0, 0.1, 0.002 * k, 0.00275 * k]}
+        levels.append({"path": str(k), "coordinateTransformations": [scale, shift]})
+    axes = [{"name": "t", "type": "time"}, {"name": "c", "type": "channel"}]
+    axes += [{"name": axis, "type": "space", "unit": "micrometer"} for axis in "zyx"]
+    (tmp_path / "a.zarr/.zgroup").write_text('{"zarr_format": 2}')
+    (tmp_path / "a.zarr/.zattrs").write_text(json.dumps({"multiscales": [{"axes": axes, "datasets": levels}]}))
+    whole, coarse = open_volume(tmp_path / "a.zarr"), open_volume(f"{tmp_path}/a.zarr:/1")
+    assert np.array_equal(coarse.read((2, 3, 4), (5, 6, 7)), data[2:7, 6:18:2, 8:22:2])
+    assert coarse.voxel_size == pytest.approx((8, 8, 11))
+    assert coarse.begin == whole.begin == pytest.approx((96, -2, -2.75))
+
+
 def test_sections_of_unknown_thickness_have_no_voxel_size(tmp_path: Path) -> None:
     """Fiji writes no spacing for a single section, or if only the pixel size was set."""
     resolution, about = (1000 / SIZE[2], 1000 / SIZE[1]), {"unit": "um"}
@@ -343,6 +361,18 @@ def test_a_gap_in_the_numbers_of_sections_is_said(tmp_path: Path, caplog: pytest
     assert "section_4.tif is followed by section_6.tif" in caplog.text
 
 
+def test_files_of_a_stack_that_may_be_no_sections(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stack = Path(as_sections(tmp_path, values()))
+    for name in ("._section_3.tif", ".DS_Store", "Thumbs.db"):  # as macOS and Windows leave them
+        (stack / name).write_bytes(b"no image")
+    assert open_volume(stack).shape == SHAPE
+    assert caplog.text == ""
+    (stack / "section_3 copy.tif").write_bytes((stack / "section_3.tif").read_bytes())
+    assert open_volume(stack).shape[0] == SHAPE[0] + 1
+    assert "section_0.tif and section_3 copy.tif" in caplog.text
+    assert "followed by" not in caplog.text
+
+
 def test_raw_comes_in_with_its_pyramid(tmp_path: Path) -> None:
     data = values()
     written = ingest_raw(tmp_path / "root", "mine", open_volume(as_sections(tmp_path, data)), SIZE)
@@ -419,8 +449,29 @@ def test_labels_lie_where_they_were_drawn(tmp_path: Path, caplog: pytest.LogCapt
     caplog.clear()
     ingest_labels(root, "mine", "crop3", Drawn("er", source), begin=(136, 0, 0))
     assert "reach beyond the raw of mine" in caplog.text
+    caplog.clear()
     ingest_labels(root, "mine", "crop4", Drawn("er", source), known=Known(1))
     assert "no voxel of er in crop4 is annotated" in caplog.text
+    assert "er.npy: labels from (-4, -2, -2.75) to (36, 22, 35.75) nm cover a part of the raw of mine" in caplog.text
+
+
+def test_ids_of_64_bits_beside_unknown_voxels(tmp_path: Path) -> None:
+    data = np.zeros(SHAPE, np.uint64)
+    data[3:9], data[12:] = 5_000_000_001, 2**63 + 5
+    np.save(tmp_path / "ids.npy", data)
+    ingest_raw(tmp_path / "root", "mine", open_volume(as_npy(tmp_path, values())), SIZE)
+    with open_volume(tmp_path / "ids.npy") as source:
+        known = Known(slices=frozenset(range(10)))
+        ingest_labels(tmp_path / "root", "mine", "crop1", Drawn("mito", source, "instance"), known=known)
+    np.save(tmp_path / "largest.npy", np.full(SHAPE, 2**64 - 1, np.uint64))
+    with open_volume(tmp_path / "largest.npy") as source, pytest.raises(InputError, match="renumber"):
+        ingest_labels(tmp_path / "root", "mine", "crop2", Drawn("mito", source, "instance"), known=Known(0))
+    crop = Catalog.open(str(tmp_path / "root")).crop("mine", "crop1")
+    ids, where = read_instances(crop, "mito", crop.grid)
+    expected = np.indices(SHAPE)[0] < 10
+    assert np.array_equal(where, expected)
+    assert np.array_equal(ids[expected], data[expected])
+    assert np.array_equal(read_labels(crop, ["mito"], crop.grid).present_of("mito"), expected & (data > 0))
 
 
 def test_volumes_that_say_where_they_lie_stay_there(tmp_path: Path) -> None:
@@ -491,6 +542,7 @@ def test_bad_input_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]
         (["ingest", str(root), "--dataset", "mine", "--raw", good], "--overwrite"),
         ([*label], "nothing to ingest"),
         ([*label, "--labels", "mito"], "CLASS=FILE"),
+        ([*label, "--labels", f"mito={good}", "--labels", "mito=b.tif"], "for each class, got 'mito=b.tif'"),
         ([*label, "--labels", f"mito={tmp_path / 'float.npy'}"], "must be whole numbers"),
         ([*label, "--labels", f"mito={tmp_path / 'negative.npy'}", "--unknown", "-1"], "negative values"),
         ([*label, "--label-map", good, "--values", str(tmp_path / "huge.csv")], "line 2: value must be"),
@@ -500,6 +552,9 @@ def test_bad_input_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]
         ([*label, "--labels", f"mito={good}", "--crop", "left"], "a crop's name is"),
         ([*label, "--label-map", good, "--values", str(tmp_path / "bad.csv")], "line 2"),
         ([*label, "--label-map", good], "--label-map needs --values"),
+        ([*label, "--labels", f"mito={good}", "--slices", "5-2"], "got '5-2'"),
+        ([*label, "--labels", f"mito={good}", "--slices", "0-99"], "slices 20, 21, 22, ... do not exist"),
+        ([*raw, str(tmp_path / "nan.npy"), "--voxel-size", "8"], "not finite"),
         (["ingest", str(root), "--dataset", "mine2", "--labels", f"mito={good}"], "did you mean 'mine'"),
     ]
     capfd.readouterr()
@@ -516,7 +571,15 @@ def test_a_volume_that_cannot_be_read_to_its_end_leaves_nothing(tmp_path: Path) 
     (stack / "section_15.tif").write_bytes((stack / "section_15.tif").read_bytes()[:200])
     with pytest.raises((CorruptDataError, InputError)):
         ingest_raw(tmp_path / "root", "mine", open_volume(stack), SIZE)
-    assert not list((tmp_path / "root").rglob("*fibsem*"))
+    assert not (tmp_path / "root").exists()
+    ingest_raw(tmp_path / "root", "good", open_volume(as_npy(tmp_path, data)), SIZE)
+    with pytest.raises((CorruptDataError, InputError)):
+        ingest_raw(tmp_path / "root", "mine", open_volume(stack), SIZE)
+    np.save(tmp_path / "ids.npy", np.zeros((4, 4, 4), np.int32) - 1)
+    with pytest.raises(InputError, match="negative"):
+        ingest_labels(tmp_path / "root", "good", "crop1", Drawn("mito", open_volume(tmp_path / "ids.npy")))
+    catalog = Catalog.open(str(tmp_path / "root"))
+    assert (catalog.datasets, catalog.crop_names("good")) == (["good"], [])
     packed = Path(as_nrrd(tmp_path, data, "gzip"))
     whole = packed.read_bytes()
     packed.write_bytes(whole[: len(whole) // 2])

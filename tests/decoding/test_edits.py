@@ -326,6 +326,9 @@ def test_what_else_is_refused(labels: Path, tmp_path: Path) -> None:
             cx.apply_edits(labels, gone, out=place)
     with pytest.raises(MissingError, match="no edits at"):
         cx.apply_edits(labels, tmp_path / "none.jsonl", out=tmp_path / "a")
+    gone.write_text('{"op": "delete", "id": 5}')
+    with pytest.raises(InputError, match="line 1: expected an edit with keys op, class, and id or ids"):
+        read_edits(gone)
     gone.write_text('{"op": "delete", "class": "mito", "id": 5}\n{"op": "del')
     with pytest.raises(InputError, match="line 2 is no JSON"):
         read_edits(gone)

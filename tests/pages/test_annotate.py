@@ -198,6 +198,15 @@ def test_a_new_crop_starts_unknown_and_is_resumed(root: Path) -> None:
         assert (section == 2**32 - 1).sum() == section.size - 1
     with pytest.raises(InputError, match="crop2 exists with"):
         cx.annotate(root, crop=2, box="cube:48,80,80:120,400,400")
+    with cx.annotate(root, crop=3, box=box, classes=["Golgi-2:instance", "ves:semantic", "er"]) as drawing:
+        assert {name: item.kind for name, item in drawing.labels.items()} == {
+            "Golgi-2": "instance", "ves": "semantic", "er": "semantic"
+        }  # fmt: skip
+        assert drawing.labels["Golgi-2"].dtype == np.uint32
+    with cx.annotate(root, crop=3, classes=["Golgi-2"]) as drawing:
+        assert drawing.labels["Golgi-2"].kind == "instance"
+    with pytest.raises(InputError, match="labels of er in crop3 are semantic, not instance"):
+        cx.annotate(root, crop=3, classes=["er:instance"])
     # ingest leaves alone what was drawn
     assert (
         json.loads((place_of(root, "er", "crop2") / ".zattrs").read_text())["connectomics"]["artefact"] == "annotated"
@@ -385,6 +394,10 @@ def test_wrong_input_is_one_line(root: Path, tmp_path: Path, capfd: pytest.Captu
         ([data, "--crop", "1", "--dataset", "cub"], "did you mean 'cube'"),
         ([data, "--crop", "7", "--box", small], "a new crop needs its classes"),
         ([data, "--crop", "7", "--box", small, "--class", "../er"], "a class's name is"),
+        (
+            [data, "--crop", "7", "--box", small, "--class", "er:ids"],
+            "er: expected kind instance or semantic, got 'ids'",
+        ),
         ([data, "--crop", "7", "--box", "cube:0,0,0"], "a box is DATASET:"),
         ([data, "--crop", "7", "--box", "cube:0,0,9000:80,80,9900", "--class", "er"], "lies outside the raw"),
         ([data, "--crop", "7", "--box", small, "--dataset", "other"], "name different data sets"),

@@ -51,17 +51,21 @@ def probabilities(ids: np.ndarray, seed: int) -> np.ndarray:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``root`` with two annotated crops of mito (ids) and er (mask), part of each unknown, and ``predictions``."""
-    folder = tmp_path_factory.mktemp("made")
+    return make(tmp_path_factory.mktemp("made"), ["mito"])
+
+
+def make(folder: Path, with_ids: list[str]) -> Path:
     grid = grid_of(SHAPE)
     write_raw(folder / "root", "set-a", np.zeros(SHAPE, np.uint8), grid)
     for seed, crop in enumerate(("crop1", "crop2")):
         ids = balls()
         values = probabilities(ids, seed)
         ids[:, :, 30:] = UNKNOWN
-        write_label(folder / "root", "set-a", crop, "mito", ids, grid, unknown=UNKNOWN, kind="instance")
+        for name in with_ids:
+            write_label(folder / "root", "set-a", crop, name, ids, grid, unknown=UNKNOWN, kind="instance")
         mask = np.where(ids == UNKNOWN, UNKNOWN, ids > 0).astype(np.uint8)
         write_label(folder / "root", "set-a", crop, "er", mask, grid, unknown=UNKNOWN)
-        for name in ("mito", "er"):
+        for name in (*with_ids, "er"):
             about = {"artefact": "probability", "class_name": name, "complete": True, "model": {"sha256": "abc"}}
             write_multiscale(
                 folder / f"predictions/set-a.zarr/{crop}/{name}", values, grid, attrs={"connectomics": about}
@@ -122,6 +126,31 @@ def test_other_rules_are_what_evaluate_finds_by_them(made: Path, tmp_path: Path,
     assert (written["rules"], written["verified"]) == (rules, False)
     with pytest.raises(InputError, match="or rules"):
         tune(made / "predictions", str(made / "root"), tmp_path, trials=5, classes=["mito"])
+
+
+def test_a_class_of_your_own_is_scored_by_instances_if_it_is_decoded_to_them(tmp_path: Path) -> None:
+    base = {name: DecodeParameters(method="cc3d", min_size_nm3=1e4) for name in ("mito", "Own-1")}
+    predictions, root = make(tmp_path, list(base)) / "predictions", str(tmp_path / "root")
+    found = tune(predictions, root, tmp_path / "tuned", trials=5, base=base, classes=list(base))
+    assert {name: tuned.measure for name, tuned in found.items()} == {"mito": "combined", "Own-1": "combined"}
+    assert found["Own-1"].best_score == found["mito"].best_score
+    labels, best = tmp_path / "labels", {name: tuned.best for name, tuned in found.items()} | {"er": base["mito"]}
+    decode_predictions(predictions, labels, best)
+    for rules in ("2026-06", "pq"):
+        scores = evaluate(labels, root, samples=10, rules=rules)
+        rows = scores["classes"]
+        assert rows["mito"] == rows["Own-1"]
+        assert scores["totals"]["instance"] == pytest.approx(rows["mito"]["score"])
+        assert "rand_error" not in rows["er"]
+    mask = DecodeParameters(threshold=best["Own-1"].threshold)
+    decode_predictions(predictions, tmp_path / "masks", {**best, "Own-1": mask})
+    assert "rand_error" not in evaluate(tmp_path / "masks", root, samples=10)["classes"]["Own-1"]
+    shutil.rmtree(labels / "set-a.zarr/crop2/Own-1")  # as if only this crop were decoded to a mask
+    shutil.move(tmp_path / "masks/set-a.zarr/crop2/Own-1", labels / "set-a.zarr/crop2")
+    scores = evaluate(labels, root, samples=10)
+    own = {row["crop"]: row for row in scores["crops"] if row["class"] == "Own-1"}
+    assert ("score" in own["crop1"], "score" in own["crop2"]) == (True, False)
+    assert scores["classes"]["Own-1"]["score"] == own["crop1"]["score"] == own["crop1"]["combined_score"]
 
 
 def test_the_threshold_of_a_mask_is_the_best_of_all(made: Path, tuned: dict[str, TunedClass]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.errors import CorruptDataError, InputError, MetadataError, MissingError
-from connectomics.geometry import Triple, VoxelGrid, slices_of, triple
+from connectomics.geometry import Triple, slices_of, triple
 from connectomics.io.array import one_line
 from connectomics.io.formats.source import VolumeSource, optional
 from connectomics.io.metadata import in_nm, names_levels
@@ -89,37 +89,38 @@ def open_zarr(path: Path, inner: str | None) -> VolumeSource:
     """Open the finest level of an OME-NGFF group, or an array; a level named by its path lies where its group says."""
     place = str(path / inner) if inner else str(path)
     try:
-        group = Multiscale.open(place)
+        return _level(Multiscale.open(place), 0, place)
     except MetadataError:
         if names_levels(read_attrs(place)):
             raise
-        array = PlainArray.open(place)
-        grid = array.grid or _grid_in_group(Path(place))
-        return VolumeSource(place, array.shape, array.dtype, array.read, **_place(grid))
-    level = group.levels[0]
+    array = PlainArray.open(place)
+    if array.grid is None:
+        return _level_of_group(Path(place)) or VolumeSource(place, array.shape, array.dtype, array.read)
+    size, begin = array.grid.voxel_size, array.grid.box.begin
+    return VolumeSource(place, array.shape, array.dtype, array.read, voxel_size=size, begin=begin)
 
+
+def _level(group: Multiscale, number: int, place: str) -> VolumeSource:
     def read(begin: Sequence[int], shape: Sequence[int]) -> NDArray[Any]:
-        return group.read_level(0, begin, shape, absent_is_missing=False)[0]
+        return group.read_level(number, begin, shape, absent_is_missing=False)[0]
 
-    return VolumeSource(place, level.grid.shape, level.dtype, read, **_place(level.grid))
+    level, grid = group.levels[number], group.levels[number].grid
+    return VolumeSource(place, grid.shape, level.dtype, read, voxel_size=grid.voxel_size, begin=grid.box.begin)
 
 
-def _grid_in_group(place: Path) -> VoxelGrid | None:
-    """The grid of an array that is a level of the group around it; None if it is none."""
+def _level_of_group(place: Path) -> VolumeSource | None:
+    """An array as the level that it is of the group around it, without axes t and c; None if it is none."""
     try:
         if not names_levels(read_attrs(str(place.parent))):
             return None
-        levels = Multiscale.open(str(place.parent)).levels
+        group = Multiscale.open(str(place.parent))
     except MissingError:
         return None
     except MetadataError as error:
         log.warning("%s takes no voxel size and position from its group: %s", place, error)
         return None
-    return next((level.grid for level in levels if level.path == place.name), None)
-
-
-def _place(grid: VoxelGrid | None) -> dict[str, Any]:
-    return {} if grid is None else {"voxel_size": grid.voxel_size, "begin": grid.box.begin}
+    names = [level.path for level in group.levels]
+    return _level(group, names.index(place.name), str(place)) if place.name in names else None
 
 
 def _tensorstore_source(spec: dict[str, Any], location: str, **known: Any) -> VolumeSource:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import tempfile
 import zlib
 from pathlib import Path
@@ -19,18 +20,10 @@ log = logging.getLogger(__name__)
 
 _IMOD = 1146047817  # in the header of files that IMOD wrote
 _PIECE = 1 << 22  # bytes decompressed at a time
-_NRRD_TYPES = {
-    "i1": ("signed char", "int8", "int8_t"),
-    "u1": ("uchar", "unsigned char", "uint8", "uint8_t"),
-    "i2": ("short", "short int", "signed short", "signed short int", "int16", "int16_t"),
-    "u2": ("ushort", "unsigned short", "unsigned short int", "uint16", "uint16_t"),
-    "i4": ("int", "signed int", "int32", "int32_t"),
-    "u4": ("uint", "unsigned int", "uint32", "uint32_t"),
-    "i8": ("longlong", "long long", "long long int", "signed long long", "int64", "int64_t"),
-    "u8": ("ulonglong", "unsigned long long", "unsigned long long int", "uint64", "uint64_t"),
-    "f4": ("float",),
-    "f8": ("double",),
-}
+_NRRD_TYPES = {  # without "signed", a further "int", "_t" and spaces, and with u for "unsigned"
+    "char": "i1", "short": "i2", "int": "i4", "longlong": "i8", "float": "f4", "double": "f8",
+    "int8": "i1", "int16": "i2", "int32": "i4", "int64": "i8",
+}  # fmt: skip
 
 
 def open_mrc(path: Path, inner: str | None) -> VolumeSource:
@@ -104,11 +97,14 @@ def open_nrrd(path: Path, inner: str | None) -> VolumeSource:
 
 
 def _nrrd_dtype(header: dict[str, Any], path: Path) -> np.dtype[Any]:
-    name = " ".join(str(header.get("type", "")).lower().split())
-    letter = next((letter for letter, names in _NRRD_TYPES.items() if name in names), None)
+    name = str(header.get("type", "")).lower()
+    short = re.sub(r"^signed |(?<=t|g) int$|_t$|\s", "", name.replace("unsigned ", "u"))
+    letter = _NRRD_TYPES.get(short.removeprefix("u"))
     if letter is None:
         raise InputError(f"{path} holds voxels of type {name!r}; expected whole numbers or floats")
-    return np.dtype(letter).newbyteorder(">" if str(header.get("endian", "little")).lower() == "big" else "<")
+    return np.dtype(letter.replace("i", "u") if short[0] == "u" else letter).newbyteorder(
+        ">" if str(header.get("endian", "little")).lower() == "big" else "<"
+    )
 
 
 def _decompressed(path: Path, offset: int, expected: int, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Any:

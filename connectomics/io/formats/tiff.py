@@ -116,10 +116,11 @@ def _by_plane(plane: Callable[[int], NDArray[Any]], dtype: np.dtype[Any]) -> Rea
 
 
 def _folder(path: Path, tifffile: Any) -> VolumeSource:
-    files = sorted((p for p in path.iterdir() if p.suffix.lower() in FORMATS["tiff"][1]), key=_natural)
+    there = (p for p in path.iterdir() if not p.name.startswith("."))  # macOS leaves ._section.tif
+    files = sorted((p for p in there if p.suffix.lower() in FORMATS["tiff"][1]), key=_natural)
     if not files:
         raise MissingError(f"{path} holds no TIFF files (.tif, .tiff)")
-    _warn_of_gaps(files)
+    _warn_of_names(files)
     first = _opened(files[0], tifffile)
     with first:
         page = first.pages[0]
@@ -144,11 +145,17 @@ def _folder(path: Path, tifffile: Any) -> VolumeSource:
     return VolumeSource(str(path), shape, dtype, read, voxel_size=size, by_plane=True)
 
 
-def _warn_of_gaps(files: Sequence[Path]) -> None:
-    """Log where the numbers in the names of sections jump: a section that is not there moves all after it."""
-    numbers = [[int(n) for n in re.findall(r"\d+", file.name)] for file in files]
-    if len(set(map(len, numbers))) != 1:
+def _warn_of_names(files: Sequence[Path]) -> None:
+    """Log names that differ by more than numbers (a copy, an overview), or numbers that jump: a section that is not
+    there, or is none, moves all after it."""
+    others = [file.name for file in files if re.sub(r"\d+", "", file.stem) != re.sub(r"\d+", "", files[0].stem)]
+    if others:
+        log.warning(
+            "%s: the names of %s and %s differ by more than numbers; all TIFF files in a folder are sections, so move "
+            "away what is none", files[0].parent, files[0].name, others[0],
+        )  # fmt: skip
         return
+    numbers = [map(int, re.findall(r"\d+", file.stem)) for file in files]
     columns = [column for column in zip(*numbers, strict=True) if len(set(column)) > 1]
     steps = np.diff(columns[0]) if len(columns) == 1 else np.zeros(0)
     jumps = np.flatnonzero(steps != steps.min(initial=1 << 62))
@@ -201,7 +208,7 @@ def _volume_shape(axes: str, shape: Sequence[int], path: Path) -> tuple[int, ...
         kept.insert(0, ("Z", 1))
     names = "".join(a for a, _ in kept)
     if len(kept) != 3 or names[1:] != "YX" or names[0] in "SC":
-        raise InputError(f"{path} has the axes {axes} of {tuple(shape)}; expected one gray volume (z, y, x)")
+        raise InputError(f"{path} has the axes {axes} of {tuple(shape)}; expected a gray volume (z, y, x): save it so")
     return tuple(n for _, n in kept)
 
 
