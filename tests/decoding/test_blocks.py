@@ -406,11 +406,11 @@ def test_a_dry_run_names_what_it_cannot_time(tmp_path):
 def test_a_dry_run_of_what_lacks_only_its_last_step(tmp_path, monkeypatch):
     task = task_of(tmp_path, noise(26, (20, 20, 20)), (10, 10, 10))
 
-    def kill(self: ComponentsTask) -> None:
+    def kill(folder: Path, *, maps: bool) -> None:
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(ComponentsTask, "_remove_done_maps", kill)
+        patch.setattr("connectomics.decoding.blocks.labels_task.remove_traces", kill)
         with pytest.raises(Killed):
             run(task)
     assert task.is_complete
