@@ -52,9 +52,9 @@ class Split:
         lines = ["# Which crops are trained on and which validate. Move lines between the lists as you like."]
         if self.seen:
             lines += ["# seen: what model.weights had been trained on."]
-        for name, keys in (("train", self.train), ("val", self.val), ("seen", self.seen))[: 3 if self.seen else 2]:
-            lines.append(f"{name}:" + ("" if keys else " []"))
-            lines += [f"  - {key}" for key in keys]
+        for name, keys in vars(self).items():
+            if keys or name != "seen":
+                lines += [f"{name}:" + ("" if keys else " []"), *(f"  - {key}" for key in keys)]
         write_file(path, ("\n".join(lines) + "\n").encode())
 
     @classmethod
@@ -191,16 +191,17 @@ def trained_and_kept_out(crops: Sequence[Crop], splits: Mapping[str, Split]) -> 
     validate in all of them, without those that overlap one that trains (logs a warning). Entries of other crops are
     ignored."""
     keys = {crop.key for crop in crops}
-    kept, used = list(crops), list[Crop]()
+    kept, trained, seen = list(crops), [], []
     for where, split in splits.items():
         there = split.within(keys)
-        trained, val = select_entries(there.all_trained, crops, where), select_entries(there.val, crops, where)
-        used += trained
+        train, val = there.select(crops, where)
+        trained += train
+        seen += select_entries(there.seen, crops, where)
         kept = [part for crop in kept for held in val if (part := _common_part(crop, held)) is not None]
-    seen = {entry_of(held) for _, held in leaks(used, kept)}
-    if seen:
-        log.warning("left out because they overlap training crops: %s", ", ".join(sorted(seen)))
-    return trained, [crop for crop in kept if entry_of(crop) not in seen]
+    out = {entry_of(held) for _, held in leaks([*trained, *seen], kept)}
+    if out:
+        log.warning("left out because they overlap training crops: %s", ", ".join(sorted(out)))
+    return trained, [crop for crop in kept if entry_of(crop) not in out]
 
 
 def _common_part(first: Crop, second: Crop) -> Crop | None:
