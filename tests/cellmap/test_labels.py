@@ -158,7 +158,7 @@ def test_a_chunk_that_is_not_stored_is_the_fill_value_everywhere(tmp_path: Path)
     assert not read_labels(crop, ["mito"], grid_of((8, 8, 8))).known_of("mito").any()
     assert label_counts(crop.labels["mito"]) == {"present": 0, "absent": 0, "unknown": 512}
     assert len(foreground_points(crop, "mito", 0)) == 0
-    with pytest.raises(InputError, match="unknown voxels"):
+    with pytest.raises(InputError, match="nothing is known of mito"):
         hold_out(tmp_path / "set-a", tmp_path / "cut", ["mito"])
 
 

@@ -100,7 +100,7 @@ def slow_but(*quick: str) -> list[Any]:
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-@pytest.mark.parametrize("name", slow_but("predict", "whole", "sharded", "mesh"))
+@pytest.mark.parametrize("name", slow_but("predict", "sharded"))
 def test_the_bytes_on_s3_are_those_of_a_local_run(bucket: Bucket, name: str) -> None:
     words = bucket.command(name, f"s3://{BUCKET}/same-{name}")
     started = bucket.starter.run(words)
@@ -112,6 +112,7 @@ def test_the_bytes_on_s3_are_those_of_a_local_run(bucket: Bucket, name: str) -> 
     bucket.check(name, f"same-{name}")
 
 
+@pytest.mark.slow
 def test_from_raw_to_meshes_in_the_bucket(bucket: Bucket) -> None:
     """Each verb reads from the bucket what the one before wrote there, with credentials from ~/.aws."""
     at = f"s3://{BUCKET}/way"

@@ -63,7 +63,7 @@ def test_the_table_is_the_real_one() -> None:
 
 
 @pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize(("occurs", "seed"), [(1.0, 42), (0.3, 1)])
+@pytest.mark.parametrize(("occurs", "seed"), [(1.0, 42), pytest.param(0.3, 1, marks=pytest.mark.slow)])
 def test_no_leak_and_every_class_on_both_sides(run: str, occurs: float, seed: int) -> None:
     train, val = sides_of(run, occurs, seed)
     classes = config_of(run).dataset.classes

@@ -97,6 +97,7 @@ def test_workers_give_the_same_patches(folder: Path, proxy: FaultyProxy, monkeyp
     assert sum(proxy.failed.values()) > 0
 
 
+@pytest.mark.slow
 def test_a_cache_is_filled_from_s3(folder: Path, endpoint: FaultyProxy, tmp_path: Path) -> None:
     expected = samples(str(folder / "root"))
     kept = {"cache": "disk", "cache_dir": str(tmp_path)}

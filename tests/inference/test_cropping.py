@@ -218,7 +218,9 @@ def run(task: PredictTask, network) -> np.ndarray:
     return Multiscale.open(f"{task.output}/mito").read_level(0, (0, 0, 0), task.targets["mito"].shape)[0]
 
 
-@pytest.mark.parametrize("name", list(TARGETS))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("same", "coarser"))) for name in TARGETS]
+)
 def test_a_task_runs_each_window_once_and_stores_the_same_with_any_blocks(raw, tmp_path, name):
     stored = []
     for number, block in enumerate([None, (16, 16, 32), (256, 256, 256)]):

@@ -20,8 +20,7 @@ TINY: dict[str, tuple[int, dict[str, Any]]] = {
     "flexible_unet": (64, {"decoder_channels": [16, 8, 8, 4, 4]}),
     "vnet": (32, {}),
 }
-#: For tests of each network; the large ones, which are MONAI's, take seconds.
-EACH = [
-    pytest.param(name, marks=[pytest.mark.slow] * (name in ("swin_unetr", "flexible_unet", "vnet")))
-    for name in sorted(TINY)
-]
+#: MONAI's networks that no tutorial or plan uses; some take seconds.
+RARE = ("attention_unet", "basic_unet", "flexible_unet", "segresnet", "swin_unetr", "unetr", "vnet")
+#: For tests of each network.
+EACH = [pytest.param(name, marks=[pytest.mark.slow] * (name in RARE)) for name in sorted(TINY)]
