@@ -83,8 +83,3 @@ def shared_reference() -> Path:
 def shared_facts() -> Path:
     """The challenge's tables; skipped where they are not there."""
     return _shared("facts")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest test by far first, so that no worker waits for it in the end."""
-    items.sort(key=lambda item: "test_the_guide_runs" not in item.nodeid)
