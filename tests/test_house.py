@@ -19,7 +19,7 @@ ROOMS = (
     "data", "metrics", "decoding", "morphology", "submission", "lightning", "pages", "testing", "pipeline", "cli",
 )  # fmt: skip
 #: Nodes of the package's syntax trees, at most. Lines would reward shorter docstrings and packed calls.
-MOST_NODES = 320_953
+MOST_NODES = 320_966
 #: Nodes that only say how another one is used.
 _PLAIN = (ast.expr_context, ast.operator, ast.boolop, ast.unaryop, ast.cmpop)
 #: Import paths that stay where they were: files of one line.

@@ -182,9 +182,13 @@ class _TorchWorkers:
         iterator._worker_pids_set = False
 
     def stop(self, at_once: bool) -> None:
-        for worker in self.processes if at_once else ():
-            if worker.is_alive():
+        if at_once or any(worker.exitcode for worker in self.processes):
+            for worker in self.processes:
                 worker.terminate()
+            for worker in self.processes:
+                worker.join(_SETTLE_S)
+            # one that ended while it asked whether the event is set holds its lock, for which torch would wait forever
+            self._iterator._workers_done_event = threading.Event()
         self._iterator._shutdown_workers()
 
 

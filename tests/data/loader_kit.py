@@ -39,6 +39,12 @@ class Numbers(Dataset[dict[str, Any]]):
                 raise UnknownNameError("unknown class 'mitt'; did you mean 'mito'?")
             if self.what == "memory":
                 raise MemoryError
+            if self.what == "lock":
+                frame = sys._getframe()
+                while "done_event" not in frame.f_locals and frame.f_back is not None:
+                    frame = frame.f_back
+                frame.f_locals["done_event"]._cond.acquire()
+                time.sleep(600)
             if self.what == "bug":
                 raise ZeroDivisionError("a bug")
         return {"epoch": epoch, "position": position, "noise": np.random.default_rng(request.seed).random()}

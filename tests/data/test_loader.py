@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from multiprocessing import forkserver
@@ -154,6 +155,17 @@ def test_workers_are_light_and_deaf_to_interrupts() -> None:
         "threads": [1, 1],
         "interrupts": [1, 1],
     }
+
+
+def test_a_worker_that_ends_at_the_worst_moment_does_not_block_the_end() -> None:
+    """It is ended while it holds the lock of torch's event that ends workers, which ``set`` takes."""
+    batches = iter(loader(Numbers("lock", at=4), 1))
+    next(batches)
+    time.sleep(1)  # it has the lock by then
+    ending = threading.Thread(target=batches.close, daemon=True)
+    ending.start()
+    ending.join(60)
+    assert not ending.is_alive()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
