@@ -329,7 +329,7 @@ class PlainArray:
 def _pieces(begins: NDArray[np.int64], ends: NDArray[np.int64], wanted: NDArray[np.bool_]) -> list[slice]:
     """Runs of target voxels along an axis, from the first wanted one to the last, short enough to hold at a time.
 
-    ``begins``, ``ends``: of the source voxels behind each target voxel; they never decrease where it is wanted.
+    ``begins``, ``ends``: of the source voxels behind each target voxel; for wanted voxels, both ascend.
     """
     kept = np.flatnonzero(wanted)
     if len(kept) == 0:

@@ -62,7 +62,7 @@ def test_nothing_is_left_of_what_cannot_be_cut(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["mito", "er"])
 def test_the_score_leaves_out_what_is_unknown_in_the_test_part(tmp_path: Path, name: str) -> None:
-    """Objects that only the prediction has, where nothing is known, cost nothing; where it is known, they do."""
+    """Predicted objects in unknown voxels cost nothing; in known voxels, they do."""
     values = np.zeros((8, 8, 40), np.uint8)
     values[1:4, 1:4, 32:35] = 1
     values[:, :, 37:] = 255
